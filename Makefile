@@ -1,0 +1,70 @@
+# `make` lists the targets. Everything runs in a virtual environment in .venv that the first target makes.
+PYTHON ?= python3
+VENV ?= .venv
+ROW ?=
+RECIPE ?= demo
+ARGS ?=
+RUNS ?= runs
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: the tests and the demo start several processes, which would fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint fmt bench scoreboard ui constraints clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=python3.12 (3.11 or newer), ARGS="training.steps=100" (demo; also options of test and bench)'
+
+setup: $(STAMP) ## Install into .venv; the other targets do it by themselves
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cortex: Python 3.11 or newer is needed, $(PYTHON) is older or absent. Try: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "cortex: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## Train and evaluate a small memory with two workers, into runs/demo
+	$(BIN)/cortex train $(RECIPE) out_dir=$(RUNS) $(ARGS)
+
+test: $(STAMP) ## All tests, also the slow ones that start real Ray clusters (without them: ARGS='-m "not slow"')
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Formatting, lint, types, and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+fmt: $(STAMP) ## Format, and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Time the mechanisms
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only $(ARGS)
+
+scoreboard: $(STAMP) ## Measure every figure that the project claims, or some: ROW=name,name
+	$(BIN)/python -m tests.benchmarks.scoreboard $(ROW)
+
+ui: $(STAMP) ## MLflow's web page on the runs
+	$(BIN)/cortex ui $(RUNS)
+
+# Resolved without the old file. torch and what it brings stay open: each machine takes its own build, CPU or CUDA.
+constraints: ## Resolve the dependencies anew into constraints.txt
+	rm -rf $(VENV)-constraints
+	$(PYTHON) -m venv $(VENV)-constraints
+	$(VENV)-constraints/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	{ echo "# Versions that were tested together; torch and its CUDA packages are left to the machine. Made by: make constraints"; \
+	  $(VENV)-constraints/bin/python -m pip freeze --exclude-editable \
+	  | grep -Eiv '^(#|-|torch=|triton|nvidia|cuda|setuptools=|wheel=|pip=)|@'; } > constraints.txt
+	rm -rf $(VENV)-constraints
+
+clean: ## Remove .venv and caches; runs stay
+	rm -rf $(VENV) $(VENV)-constraints build dist .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+	rm -rf *.egg-info

@@ -1,0 +1,30 @@
+"""Fingerprints: which backbone and which sidecars a state belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLE = 64
+
+
+def fingerprint(
+    module: nn.Module, gathered: Callable[[Any], AbstractContextManager[Any]] = lambda _: nullcontext()
+) -> str:
+    """16 hex digits from the name, shape and first 64 values of every parameter.
+
+    Values count in bfloat16, so that a backbone keeps its fingerprint when it is loaded in another precision.
+    `gathered(parameter)` makes a sharded parameter whole while it is read; every rank must then call this together.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
+        with gathered(parameter):
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            sample = parameter.detach().flatten()[:SAMPLE].cpu().to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,65 @@
+"""Loads a backbone and its tokenizer: a hub id, a folder, or a model that ships with the package. One path for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cortex_core.config import BackboneConfig
+from cortex_core.errors import DataError, IncompatibleError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def resolve_name(name: str) -> str:
+    """`builtin:<folder>` to the folder inside the package; anything else as it is. Raises DataError."""
+    if not name.startswith("builtin:"):
+        return name
+    folder = ASSETS / name.removeprefix("builtin:")
+    if not (folder / "config.json").is_file():
+        shipped = ", ".join(sorted(f"builtin:{p.parent.name}" for p in ASSETS.glob("*/config.json"))) or "none"
+        raise DataError(f"backbone.name = {name}: no such model ships with this package. Shipped: {shipped}")
+    return str(folder)
+
+
+def load_backbone(config: BackboneConfig) -> PreTrainedModel:
+    """The causal language model, in evaluation mode and frozen. Under an active `HfDeepSpeedConfig` each rank gets its shard.
+
+    Never runs code from the checkpoint. Raises DataError if there is no such model, IncompatibleError if transformers
+    cannot read it as a causal language model.
+    """
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    name = resolve_name(config.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=config.revision, dtype=dtype, attn_implementation=config.attn_implementation,
+            trust_remote_code=False, use_safetensors=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise DataError(
+            f"backbone.name = {config.name}: cannot be loaded ({_first_line(error)}). "
+            "Give a Hugging Face hub id or a folder with config.json and *.safetensors"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise IncompatibleError(f"backbone.name = {config.name}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
+    """The backbone's own tokenizer. Raises IncompatibleError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve_name(config.name), revision=config.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompatibleError(
+            f"backbone.name = {config.name}: has no tokenizer that transformers can load ({_first_line(error)}). "
+            "Save one into the same folder with tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,112 @@
+"""What listens to the backbone's attention while it reads: the sidecars of one model, with the state handed in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cortex_core.backbone.segments import Layout
+from cortex_core.fast_weights.sidecar import LayerTokens, Reading, Sidecar
+from cortex_core.fast_weights.state import FastWeights
+
+States = dict[int, FastWeights]
+
+
+@dataclass
+class MemoryPass:
+    """One backbone call over stacked segments. Filled in while it runs; nothing of it outlives the call."""
+
+    sidecars: Mapping[nn.Module, tuple[int, Sidecar]]
+    """Attention module to (layer number, sidecar)."""
+    states: States
+    layout: Layout
+    snapshot_chunk: Int[Tensor, " batch"] | None = None
+    """Chunk, counted from the first token, at whose start each row's state is kept in `snapshots`."""
+    read_last: bool = True
+    """Whether the last memory layer's read is needed; False when only the state is."""
+    final: States = field(default_factory=dict)
+    snapshots: States = field(default_factory=dict)
+    readings: dict[int, Reading] = field(default_factory=dict)
+    _hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
+        if module in self.sidecars:
+            self._hidden[module] = hidden
+
+    def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
+        if module not in self.sidecars:
+            return attended
+        layer, sidecar = self.sidecars[module]
+        tokens = self._tokens(self._hidden.pop(module), q, k, v, attended)
+        reading = self._read(layer, sidecar, tokens)
+        self.readings[layer] = reading
+        self.final[layer] = reading.final_state
+        if reading.added is None:
+            return attended
+        return attended + self.layout.to_flat(reading.added.transpose(1, 2)).to(attended.dtype)
+
+    def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
+        wanted = self.read_last or layer != max(number for number, _ in self.sidecars.values())
+        reading, self.snapshots[layer] = sidecar(
+            tokens, self.states[layer], snapshot_chunk=self.snapshot_chunk, read=wanted
+        )
+        return reading
+
+    def _tokens(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> LayerTokens:
+        new = q.shape[2]  # with a cache, k and v begin with the tokens of earlier calls
+        heads = q.shape[1] // k.shape[1]
+        layout = self.layout
+        of_heads = [
+            layout.to_sequences(x.transpose(1, 2)).transpose(1, 2)
+            for x in (q, _for_queries(k[:, :, -new:], heads), _for_queries(v[:, :, -new:], heads))
+        ]
+        return LayerTokens(
+            layout.to_sequences(hidden),
+            *of_heads,
+            attended=layout.to_sequences(attended).transpose(1, 2),
+            valid=layout.to_sequences(layout.valid),
+            positions=layout.positions(),
+            reward=layout.to_sequences(layout.reward),
+        )
+
+
+@dataclass
+class GenerationPass(MemoryPass):
+    """The calls of one generation: the open segment with its cache, then token by token, the state carried along."""
+
+    chunk_size: int = 1
+
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
+        first = next(iter(self.sidecars))
+        if module is first and self.final:
+            self._advance(hidden)
+        super().before(module, hidden)
+
+    def _advance(self, hidden: Tensor) -> None:
+        """A new call begins: the next token of every row."""
+        rows, device = hidden.shape[0], hidden.device
+        self.states = dict(self.final)
+        self.layout = Layout(
+            segments=1,
+            valid=torch.ones(rows, hidden.shape[1], dtype=torch.bool, device=device),
+            start=self.layout.start + self.layout.valid.sum(1),
+            reward=torch.zeros(rows, hidden.shape[1], device=device),
+        )
+
+    def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
+        if self.readings.get(layer) is not None:
+            reading, _ = sidecar(tokens, self.states[layer], stepwise=True)
+            return reading
+        lengths = tokens.valid.sum(1)
+        reading, anchor = sidecar(tokens, self.states[layer], snapshot_chunk=lengths // self.chunk_size)
+        state = FastWeights(reading.final_state.up, anchor.up, lengths % self.chunk_size)
+        return reading._replace(final_state=state)
+
+
+def _for_queries(x: Tensor, groups: int) -> Tensor:
+    """Grouped-query attention: the key or value head that each query head uses."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)

@@ -1,0 +1,123 @@
+"""Reading segments: many per backbone call, long inputs block by block, the state handed on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cortex_core.backbone.attention import attention_pass
+from cortex_core.backbone.passes import MemoryPass, States
+from cortex_core.backbone.segments import Layout, Rows
+from cortex_core.backbone.session import Session
+from cortex_core.fast_weights.state import FastWeights
+
+if TYPE_CHECKING:
+    from cortex_core.backbone.model import Cortex
+
+BLOCK_TOKENS = 16_384
+"""Tokens per backbone call when a call reads more: bounds memory, large enough to keep the processor busy."""
+
+
+def read_segments(
+    model: Cortex,
+    input_ids: Int[Tensor, "batch segments width"],
+    layout: Layout,
+    states: States,
+    *,
+    predict: bool,
+    snapshot_chunk: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch tokens vocab"] | None, MemoryPass]:
+    """One backbone call over all segments of all rows. Without `predict` only the layers up to the last memory run."""
+    batch, segments, width = input_ids.shape
+    flat = input_ids.reshape(batch * segments, width)
+    memory = model.listen(layout, states, snapshot_chunk=snapshot_chunk, read_last=predict)
+    mask = None if bool(layout.valid.all()) else layout.valid.long()
+    with attention_pass(memory):
+        if not predict:
+            model.reader(input_ids=flat, attention_mask=mask, use_cache=False)
+            return None, memory
+        logits = model.backbone(input_ids=flat, attention_mask=mask, use_cache=False).logits
+    return logits.view(batch, segments * width, -1), memory
+
+
+def advance(
+    model: Cortex, session: Session, new: Rows, keep: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch kept vocab"], dict[str, float]]:
+    """Read `new` into the session. Returns the logits of the last `keep` tokens of each row (padded right) and metrics.
+
+    The open segment is read again from its start, so that the result does not depend on how an input is split. A full
+    segment stays open until a token follows it.
+    """
+    rows = session.open_rows.then(new)
+    width = model.segment_tokens
+    closed = ((rows.lengths - 1) // width).clamp_min(0)
+    segments = max(1, -(-rows.input_ids.shape[1] // width))
+    padded = rows.to_width(segments * width if segments > 1 else max(1, rows.input_ids.shape[1]))
+    first_kept = int((rows.lengths - keep)[keep > 0].min()) if bool((keep > 0).any()) else rows.input_ids.shape[1]
+    block = max(1, BLOCK_TOKENS // (session.batch_size * width))
+    states, boundary = session.states, session.states
+    kept, last_pass = [], None
+    for first in range(0, segments, block):
+        count = min(block, segments - first)
+        predict = (first + count) * width > first_kept
+        logits, last_pass = _read_block(model, padded, session, states, closed, first, count, predict=predict)
+        states = last_pass.final
+        boundary = _where(closed >= first, last_pass.snapshots, boundary)
+        if logits is not None:
+            kept.append((first * width, logits))
+    session.states = {layer: FastWeights.at_chunk_start(state.up.detach()) for layer, state in boundary.items()}
+    session.open_rows = rows.after(closed * width)
+    session.start_tokens = session.start_tokens + closed * width
+    assert last_pass is not None
+    return _kept_logits(kept, rows.lengths, keep, model), metrics_of(last_pass)
+
+
+def _read_block(model, padded, session, states, closed, first, count, *, predict):  # noqa: ANN001, ANN202
+    width = min(model.segment_tokens, padded.input_ids.shape[1])
+    now = slice(first * width, (first + count) * width)
+    flat = (session.batch_size * count, width)
+    layout = Layout(
+        count,
+        padded.valid[:, now].reshape(flat),
+        session.start_tokens + first * width,
+        padded.reward[:, now].reshape(flat),
+    )
+    chunks = model.segment_tokens // model.fast_weights.chunk_size
+    ids = padded.input_ids[:, now].view(session.batch_size, count, width)
+    return read_segments(
+        model, ids, layout, states, predict=predict, snapshot_chunk=(closed - first) * chunks
+    )  # fmt: skip
+
+
+def _where(rows: Tensor, yes: States, no: States) -> States:
+    select = rows[:, None, None, None]
+    return {n: FastWeights.at_chunk_start(torch.where(select, yes[n].up, no[n].up)) for n in yes}
+
+
+def _kept_logits(kept: list[tuple[int, Tensor]], lengths: Tensor, keep: Tensor, model: Cortex) -> Tensor:
+    widest = int(keep.max())
+    if not kept or widest == 0:
+        vocab = model.backbone.config.get_text_config().vocab_size
+        return torch.zeros(len(keep), widest, vocab, device=lengths.device)
+    start = kept[0][0]
+    logits = torch.cat([block for _, block in kept], dim=1)
+    position = (lengths - keep - start)[:, None] + torch.arange(widest, device=lengths.device)
+    position = position.clamp(0, logits.shape[1] - 1)
+    return logits.gather(1, position[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+def metrics_of(memory: MemoryPass) -> dict[str, float]:
+    """Means over tokens, heads and layers of one pass."""
+    valid = memory.layout.to_sequences(memory.layout.valid)[:, None]
+    count = valid.sum() * len(memory.readings) * next(iter(memory.readings.values())).write.shape[1]
+    readings = memory.readings.values()
+    return {
+        "memory/write_frac": float(sum(((r.write > 0) & valid).sum() for r in readings) / count.clamp_min(1)),
+        "memory/surprise": float(sum((r.surprise * valid).sum() for r in readings) / count.clamp_min(1)),
+        "memory/state_norm": float(
+            sum(r.final_state.up.detach().norm(dim=(-2, -1)).mean() for r in readings) / len(memory.readings)
+        ),
+    }

@@ -1,0 +1,189 @@
+"""Every knob of the core: one class per component, one default per knob, bounds checked when it is built.
+
+No torch, no ray: `cortex --help` and a wrong value are answered before either is imported. The line under a field is its
+documentation: unit, range, effect. Cross-field rules are validators named after the rule.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+TaskName = Literal["key_value", "copy_reverse", "n_back", "long_addition", "corpus"]
+FillerName = Literal["text", "random"]
+
+
+class Settings(BaseModel):
+    """Frozen, and closed to unknown keys: a typo is an error, not a silent default."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class BackboneConfig(Settings):
+    """The frozen language model."""
+
+    name: str = "builtin:stdlib-1m"
+    """A Hugging Face hub id, a local folder, or `builtin:<folder>` for a model that ships with the package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); None takes the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Parameter type of the frozen weights; `auto` takes the one in the checkpoint."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention that the memory wraps."""
+    segment_tokens: Annotated[int, Field(ge=8)] = 256
+    """Tokens that attention sees at once; memory carries everything before them. At most the model's own window."""
+
+
+class FastWeightsConfig(Settings):
+    """The gated delta rule in a learned low-rank key space. Equations: `cortex_core/fast_weights/README.md`."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["auto"] = "auto"
+    """Decoder layers that carry a memory, counted from 0; `auto` is one layer, a quarter of the way up."""
+    rank: PositiveInt = 16
+    """Dimensions of the key space per head. A head keeps about `rank` facts apart; state grows linearly with it."""
+    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Tokens per step of the parallel form; also how often surprise is measured against a fresh state."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
+    """What a fully written token leaves of the older state. A token that is not written leaves all of it."""
+    write_strength: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest step of the delta rule; 1 replaces what a key held. Below 2, or errors grow instead of shrinking."""
+    dead_zone: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.35
+    """Gate activations (0 to 1) up to here write exactly nothing, so that a gap of any length costs nothing."""
+    saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Gate activations from here on write at full strength."""
+    controller: bool = True
+    """Whether surprise, uncertainty, reward and phase modulate the write gate."""
+    controller_hidden: PositiveInt = 16
+    """Hidden units of the controller."""
+    phase_period_tokens: PositiveInt = 512
+    """Period of the phase signal sin(2 pi t / period)."""
+
+    @model_validator(mode="after")
+    def keys_are_contractive(self) -> FastWeightsConfig:
+        """Along a unit key the error is multiplied by 1 - write_strength; it must not grow."""
+        if self.write_strength >= 2.0:
+            raise ValueError(
+                f"write_strength = {self.write_strength} is beyond the stability bound: along a unit key the error is "
+                "multiplied by 1 - write_strength each time. Choose a value below 2 (1 replaces what the key held)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def gate_can_open(self) -> FastWeightsConfig:
+        """Between dead zone and saturation the gate rises from 0 to 1."""
+        if self.saturation <= self.dead_zone:
+            raise ValueError(
+                f"saturation = {self.saturation} must lie above dead_zone = {self.dead_zone}, or the gate is a step "
+                "that cannot be trained"
+            )
+        return self
+
+
+class CorpusConfig(Settings):
+    """Real text: filler between facts, in-window training, and the held-out text on which drift is measured."""
+
+    path: str | None = None
+    """A .txt, .jsonl or .parquet file, or a folder of them; None takes the Python standard library's own sources."""
+    text_column: str = "text"
+    """Field or column that holds the text in .jsonl and .parquet."""
+    held_out_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the files (of the records, when there is one file) that training never sees."""
+    max_bytes: Annotated[int, Field(ge=4096)] = 64_000_000
+    """Upper bound on the text that is read, in bytes."""
+
+
+class TasksConfig(Settings):
+    """What the memory is trained on and asked about."""
+
+    names: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("key_value",)
+    """Tasks in the training mixture, drawn with equal probability."""
+    fillers: Annotated[tuple[FillerName, ...], Field(min_length=1)] = ("text", "random")
+    """What stands in the gap: real text, random tokens, or either."""
+    num_pairs: Annotated[int, Field(ge=1, le=64)] = 6
+    """Facts per key-value example."""
+    num_queries: Annotated[int, Field(ge=1)] = 6
+    """Questions per training example; evaluation asks one."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW over the sidecars: one learning rate per kind of parameter, warm-up, then linear decay."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    """Peak rate of the key and query maps."""
+    gate_learning_rate: Annotated[float, Field(gt=0.0)] = 6e-3
+    """Peak rate of the write gate and its controller."""
+    output_learning_rate: Annotated[float, Field(gt=0.0)] = 2e-2
+    """Peak rate of the output gate, which starts at exactly 0."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Moment decay rates of Adam."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Optimizer steps until the peak rate."""
+    final_frac: Fraction = 0.05
+    """Rate at the last step, as a share of the peak."""
+
+
+class TrainingConfig(Settings):
+    """One run of sidecar training."""
+
+    steps: PositiveInt = 600
+    """Optimizer steps."""
+    batch_size: PositiveInt = 16
+    """Long sequences per optimizer step, over all workers and accumulation steps."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step on each worker."""
+    max_segments: Annotated[int, Field(ge=2)] = 9
+    """Longest training sequence, in segments."""
+    short_frac: Fraction = 0.3
+    """Share of training, from its start, spent on two segments before the curriculum widens to `max_segments`."""
+    truncate_segments: Annotated[int, Field(ge=0)] = 0
+    """Gradients flow back through this many segments of carried state; 0 means all of them."""
+    in_window_batch_size: Annotated[int, Field(ge=0)] = 8
+    """In-window sequences per optimizer step, over all workers, held to the bare model by KL; 0 turns them off."""
+    kl_weight: NonNegative = 1.0
+    """Weight of KL(bare model || model with memory), in nats per token, on the in-window sequences."""
+    sparsity_weight: NonNegative = 0.02
+    """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
+    sparsity_margin: NonNegative = 0.1
+    """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    """Decay per step of the weight average that is evaluated and exported; 0 turns averaging off."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Mixed precision of the forward pass; state and losses stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass: slower, less memory."""
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps with a non-finite loss or gradient that are skipped before the run stops with an error."""
+    checkpoint_every_steps: PositiveInt = 50
+    """Steps between checkpoints."""
+    report_every_steps: PositiveInt = 10
+    """Steps between reports to the driver, to MLflow and to the progress bar."""
+
+
+class EvaluationConfig(Settings):
+    """What is asked of a trained model, with memory on and off on the same examples."""
+
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("key_value",)
+    """Tasks that are scored."""
+    fillers: Annotated[tuple[FillerName, ...], Field(min_length=1)] = ("text", "random")
+    """Fillers that are scored, each on its own."""
+    gaps_tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (
+        0, 256, 512, 1024, 2048, 4096, 8192, 16384,
+    )  # fmt: skip
+    """Filler tokens between the facts and the question; 0 asks within the window."""
+    num_examples: Annotated[int, Field(ge=2)] = 200
+    """Independent examples per task, filler and gap."""
+    batch_size: PositiveInt = 50
+    """Examples read side by side on each worker: more is faster and takes more memory, whatever the gap."""
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 65_536
+    """Tokens of held-out text for the drift measurement; 0 skips it."""

@@ -1,0 +1,99 @@
+"""Reach: how often a fact is recalled, by the number of tokens since it was read. Memory on and off, same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.tasks.layout import TextTask
+
+
+class Hits(NamedTuple):
+    """Exact-match results of some examples at one gap."""
+
+    gap_tokens: int
+    indices: tuple[int, ...]
+    with_memory: tuple[bool, ...]
+    bare: tuple[bool, ...]
+
+
+class _Example(NamedTuple):
+    """One example at every gap: the filler of a shorter gap is the start of that of a longer one."""
+
+    tokens: np.ndarray
+    answer: np.ndarray
+    facts_tokens: int
+
+
+@torch.no_grad()
+def recall(
+    model: Cortex,
+    task: TextTask,
+    gaps_tokens: Sequence[int],
+    indices: Sequence[int],
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[Hits]:
+    """Ask each example's question after each gap, without reading anything twice.
+
+    The memory reads facts and filler once, up to the longest gap; at each gap a fork of the session is asked. The bare
+    model sees the last window before the answer. `on_progress` is told the tokens read.
+    """
+    gaps = sorted(set(gaps_tokens))
+    longest = [_example(task, index, gaps[-1]) for index in indices]
+    session = model.new_session(len(indices))
+    read_to = [0] * len(indices)
+    for gap in gaps:
+        stops = [example.facts_tokens + gap for example in longest]
+        pieces = [e.tokens[start:stop] for e, start, stop in zip(longest, read_to, stops, strict=True)]
+        ids, mask = padded(pieces, model.backbone.device)
+        if ids.shape[1]:
+            model.read(ids, session, attention_mask=mask)
+        read_to = stops
+        on_progress(int(mask.sum()))
+        questions = [(e.tokens[e.facts_tokens + gaps[-1] :], e.answer[e.facts_tokens + gaps[-1] :]) for e in longest]
+        with_memory = _ask(model, session.fork(), questions)
+        bare = _bare(model, [np.concatenate([e.tokens[:stop], q]) for e, stop, (q, _) in zip(longest, stops, questions, strict=True)], questions)  # fmt: skip
+        yield Hits(gap, tuple(indices), tuple(with_memory), tuple(bare))
+
+
+def _example(task: TextTask, index: int, gap_tokens: int) -> _Example:
+    example = task.example(index, gap_tokens)
+    first_query = len(example.tokens) - task.query_tokens(index)
+    return _Example(example.tokens, example.answer, first_query - gap_tokens)
+
+
+def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ragged rows to ids and mask [rows, widest], padding on the right."""
+    widest = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), widest), np.int64), np.zeros((len(rows), widest), np.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
+    ids, mask = padded([tokens for tokens, _ in questions], model.backbone.device)
+    predicted = model(input_ids=ids, attention_mask=mask, session=session).logits.argmax(-1).cpu().numpy()
+    return [_right(predicted[row], tokens, answer) for row, (tokens, answer) in enumerate(questions)]
+
+
+def _bare(model: Cortex, texts: list[np.ndarray], questions) -> list[bool]:  # noqa: ANN001
+    windows = [text[-model.segment_tokens :] for text in texts]
+    ids, mask = padded(windows, model.backbone.device)
+    with model.memory(False):
+        predicted = model(input_ids=ids, attention_mask=mask).logits.argmax(-1).cpu().numpy()
+    return [
+        _right(predicted[row, len(window) - len(tokens) : len(window)], tokens, answer)
+        for row, (window, (tokens, answer)) in enumerate(zip(windows, questions, strict=True))
+    ]
+
+
+def _right(predicted: np.ndarray, tokens: np.ndarray, answer: np.ndarray) -> bool:
+    """Exact match: `predicted[t]` is what was expected after token t."""
+    asked = np.flatnonzero(answer)
+    return bool((predicted[asked - 1] == tokens[asked]).all())

@@ -1,0 +1,143 @@
+"""One layer's memory: from the layer's own queries, keys and values to what it adds to the attention output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cortex_core.config import FastWeightsConfig
+from cortex_core.fast_weights import signals
+from cortex_core.fast_weights.chunk import delta_scan
+from cortex_core.fast_weights.controller import Controller
+from cortex_core.fast_weights.gate import hard_gate
+from cortex_core.fast_weights.rules import delta_rule
+from cortex_core.fast_weights.state import FastWeights
+
+
+class LayerTokens(NamedTuple):
+    """What one attention layer computed for its tokens, and where they stand. Shapes: `layer_shape`."""
+
+    hidden: Float[Tensor, "batch tokens hidden"]
+    queries: Float[Tensor, "batch heads tokens head_dim"]
+    keys: Float[Tensor, "batch heads tokens head_dim"]
+    values: Float[Tensor, "batch heads tokens value_dim"]
+    attended: Float[Tensor, "batch heads tokens value_dim"]
+    valid: Bool[Tensor, "batch tokens"]
+    positions: Int[Tensor, "batch tokens"]
+    reward: Float[Tensor, "batch tokens"]
+
+
+class LayerShape(NamedTuple):
+    """The sizes of an attention layer that a sidecar must know."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    value_dim: int
+
+
+class Reading(NamedTuple):
+    """What a sidecar gives back for one pass."""
+
+    added: Float[Tensor, "batch heads tokens value_dim"] | None
+    """To be added to the attention output; None when only the state was asked for."""
+    final_state: FastWeights
+    write: Float[Tensor, "batch heads tokens"]
+    """Strength of each token's write."""
+    surprise: Float[Tensor, "batch heads tokens"]
+    activation: Float[Tensor, "batch heads tokens"]
+    """The write gate's activation after the controller, before the dead zone; what the sparsity penalty acts on."""
+
+
+class Sidecar(nn.Module):
+    """Gated delta-rule memory of one layer. Parameters float32; adds exactly 0 until `output_gate` is trained."""
+
+    def __init__(self, shape: LayerShape, config: FastWeightsConfig) -> None:
+        super().__init__()
+        self.shape, self.config = shape, config
+        # `down` is the learned map into the key space (U in the source). Fast weights never decay it, so it cannot die.
+        orthogonal = torch.stack([_orthonormal(shape.head_dim, config.rank) for _ in range(shape.heads)])
+        self.down_key = nn.Parameter(orthogonal.clone())
+        self.down_query = nn.Parameter(orthogonal.clone())
+        self.key_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
+        self.query_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
+        self.write_gate = nn.Linear(shape.hidden, shape.heads)
+        self.read_gate = nn.Linear(shape.hidden, shape.heads)
+        nn.init.normal_(self.write_gate.weight, std=0.02)
+        nn.init.normal_(self.read_gate.weight, std=0.02)
+        nn.init.constant_(self.write_gate.bias, 0.5)  # sigmoid(.5) = .62: open enough to have a gradient everywhere
+        nn.init.constant_(self.read_gate.bias, 1.0)
+        self.output_gate = nn.Parameter(torch.zeros(shape.heads))
+        self.controller = Controller(config) if config.controller else None
+
+    def empty_state(self, batch: int) -> FastWeights:
+        """A memory that holds nothing."""
+        s = self.shape
+        return FastWeights.zeros(batch, s.heads, self.config.rank, s.value_dim, self.output_gate.device)
+
+    def forward(
+        self,
+        tokens: LayerTokens,
+        initial_state: FastWeights,
+        *,
+        snapshot_chunk: Int[Tensor, " batch"] | None = None,
+        read: bool = True,
+        stepwise: bool = False,
+    ) -> tuple[Reading, FastWeights]:
+        """Read `tokens` from `initial_state`. Returns the reading and the state at the start of `snapshot_chunk`.
+
+        `stepwise` runs token by token from any state (generation); otherwise the first token opens a chunk.
+        """
+        config = self.config
+        keys = self._into_key_space(tokens.keys, tokens.hidden, self.down_key, self.key_content)
+        queries = self._into_key_space(tokens.queries, tokens.hidden, self.down_query, self.query_content)
+        values = tokens.values.float()
+        hidden = tokens.hidden.float()
+        activation = torch.sigmoid(self.write_gate(hidden)).transpose(1, 2)
+        uncertainty = signals.uncertainty(tokens.attended.float(), values)
+        phase = signals.phase(tokens.positions, config.phase_period_tokens)
+        modulated: list[Tensor] = []
+        surprises: list[Tensor] = []
+
+        def write_gate(surprise: Tensor, now: slice) -> Tensor:
+            gate, scale = activation[:, :, now], 1.0
+            if self.controller is not None:
+                plasticity = self.controller(
+                    surprise, uncertainty[:, :, now], tokens.reward[:, now], phase[:, now]
+                )
+                gate, scale = gate * plasticity.gate, plasticity.scale
+            modulated.append(gate)
+            surprises.append(surprise)
+            opened = hard_gate(gate, config.dead_zone, config.saturation) * scale * config.write_strength
+            return opened * tokens.valid[:, None, now]
+
+        if stepwise:
+            out, final = delta_rule(keys, queries, values, write_gate, config.decay, initial_state, config.chunk_size)
+            snapshot, write = final, torch.zeros_like(activation)
+        else:
+            scan = delta_scan(
+                keys, queries, values, write_gate, config.decay, initial_state.up, config.chunk_size,
+                snapshot_chunk=snapshot_chunk, read=read,
+            )  # fmt: skip
+            out, write = scan.outputs, scan.write
+            final, snapshot = FastWeights.at_chunk_start(scan.final), FastWeights.at_chunk_start(scan.snapshot)
+        added = None if out is None else self._added(out, hidden)
+        return Reading(added, final, write, torch.cat(surprises, dim=2), torch.cat(modulated, dim=2)), snapshot
+
+    def _into_key_space(self, projected: Tensor, hidden: Tensor, down: Tensor, content: Tensor) -> Tensor:
+        batch, _, tokens, _ = projected.shape
+        extra = (hidden.float() @ content).view(batch, tokens, self.shape.heads, -1).transpose(1, 2)
+        return functional.normalize(projected.float() @ down + extra, dim=-1, eps=1e-6)
+
+    def _added(self, out: Tensor, hidden: Tensor) -> Tensor:
+        asked = hard_gate(torch.sigmoid(self.read_gate(hidden)), self.config.dead_zone, self.config.saturation)
+        return self.output_gate[:, None, None] * asked.transpose(1, 2)[..., None] * out
+
+
+def _orthonormal(rows: int, columns: int) -> Tensor:
+    """Random [rows, columns] with orthonormal columns (rows >= columns)."""
+    return torch.linalg.qr(torch.randn(rows, columns))[0]

@@ -1,0 +1,195 @@
+"""Real text as token arrays, split by file into a part to train on and a part that training never sees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cortex_core.config import CorpusConfig
+from cortex_core.errors import DataError
+from cortex_core.tasks.vocabulary import IntArray, Split
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
+"""Left out of the standard library: installed packages, tests, and the encodings, which are tables rather than text."""
+_BATCH = 64
+
+
+class Document(NamedTuple):
+    """One file, or one record of a file that holds many."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of both splits, documents one after another with the end-of-sequence token between them."""
+
+    train: NDArray[np.int32] = field(repr=False)
+    held_out: NDArray[np.int32] = field(repr=False)
+    train_starts: IntArray = field(repr=False)
+    """Where each training document starts, ascending, int64 [documents]."""
+    held_out_starts: IntArray = field(repr=False)
+    train_bytes: int
+    """UTF-8 bytes of the training text."""
+    held_out_bytes: int
+
+    def tokens(self, split: Split) -> NDArray[np.int32]:
+        """All tokens of a split, int32 [n]."""
+        return self.train if split == "train" else self.held_out
+
+    def excerpt(self, seed: tuple[int, ...], num_tokens: int, split: Split) -> IntArray:
+        """`num_tokens` in a row from a random place, int64; past the end it continues at the start of the split."""
+        source = self.tokens(split)
+        start = int(np.random.default_rng(list(seed)).integers(len(source)))
+        if start + num_tokens <= len(source):
+            return source[start : start + num_tokens].astype(np.int64)
+        return np.take(source, np.arange(start, start + num_tokens), mode="wrap").astype(np.int64)
+
+
+def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
+    """Read, split and tokenise the text that `config` names.
+
+    Documents are taken in the order of a hash of their names, so `max_bytes` cuts a fair sample, the same one everywhere.
+    Raises DataError when there is no text, or too little of it to hold some out.
+    """
+    parts: dict[str, list[Document]] = {"train": [], "held_out": []}
+    for document, held_out in _sample(config):
+        parts["held_out" if held_out else "train"].append(document)
+    for split, documents in parts.items():
+        if not documents:
+            raise DataError(
+                f"corpus {_shown(config)}: no {split.replace('_', '-')} text among {sum(map(len, parts.values()))} documents. "
+                "Give more files (or records), or change corpus.held_out_frac"
+            )
+    train, train_starts = tokenize([document.text for document in parts["train"]], tokenizer)
+    held_out, held_out_starts = tokenize([document.text for document in parts["held_out"]], tokenizer)
+    return Corpus(
+        train=train,
+        held_out=held_out,
+        train_starts=train_starts,
+        held_out_starts=held_out_starts,
+        train_bytes=sum(len(document.text.encode()) for document in parts["train"]),
+        held_out_bytes=sum(len(document.text.encode()) for document in parts["held_out"]),
+    )
+
+
+def training_texts(config: CorpusConfig) -> Iterator[str]:
+    """The training documents' text, lazily: what a tokenizer may be trained on."""
+    return (document.text for document, held_out in _sample(config) if not held_out)
+
+
+def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntArray]:
+    """Token ids of all texts with the end-of-sequence token after each, int32 [n], and where each text starts."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    runs: list[NDArray[np.int32]] = []
+    for first in range(0, len(texts), _BATCH):
+        encoded = tokenizer(texts[first : first + _BATCH], add_special_tokens=False, verbose=False)["input_ids"]
+        runs += [np.array([*ids, *separator], dtype=np.int32) for ids in encoded]
+    starts = np.cumsum([0, *(len(run) for run in runs)])[:-1]
+    tokens = np.concatenate(runs)
+    if len(tokens) < 2:
+        raise DataError("the text is too short: it makes fewer than 2 tokens")
+    return tokens, starts.astype(np.int64)
+
+
+def _sample(config: CorpusConfig) -> Iterator[tuple[Document, bool]]:
+    """Documents in hash order up to `max_bytes`, each with whether it is held out."""
+    files = _files(config)
+    by_record = len(files) == 1
+    total = 0
+    for path, name in sorted(files, key=lambda item: _hash(item[1])):
+        held_out_file = _hash(name) < config.held_out_frac
+        for record, text in enumerate(_records(path, config.text_column)):
+            if not text.strip():
+                continue
+            total += len(text.encode())
+            if total > config.max_bytes:
+                return
+            document = Document(f"{name}:{record}", text)
+            yield document, (_hash(document.name) < config.held_out_frac if by_record else held_out_file)
+
+
+def _files(config: CorpusConfig) -> list[tuple[Path, str]]:
+    """Files to read with the names that decide their split: relative, so a folder may move."""
+    if config.path is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+    else:
+        root = Path(config.path)
+        if root.is_file():
+            if root.suffix not in SUFFIXES:
+                raise DataError(f"corpus.path = {config.path} is not one of {', '.join(SUFFIXES)}")
+            return [(root, root.name)]
+        if not root.is_dir():
+            raise DataError(f"corpus.path = {config.path} does not exist: name a file or a folder")
+        found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+    if not found:
+        raise DataError(f"corpus {_shown(config)} holds no file of type {', '.join(SUFFIXES)}")
+    return [(path, path.relative_to(root).as_posix()) for path in found]
+
+
+def _records(path: Path, column: str) -> Iterator[str]:
+    """Texts of one file, lazily. Raises DataError with the file and line that cannot be read."""
+    try:
+        match path.suffix:
+            case ".jsonl":
+                yield from _jsonl(path, column)
+            case ".parquet":
+                yield from _parquet(path, column)
+            case _:
+                yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
+            if not isinstance(record, dict) or not isinstance(record.get(column), str):
+                raise DataError(f"{path} line {number} has no text in {column!r}: set corpus.text_column")
+            yield record[column]
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow as arrow  # slow to import, and only this format needs it
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except arrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
+    if column not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise DataError(f"{path} has no column {column!r}, only {names}: set corpus.text_column")
+    for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for text in batch.column(0).to_pylist():
+            if text is not None and not isinstance(text, str):
+                raise DataError(f"{path} column {column!r} holds {type(text).__name__}, not text: set corpus.text_column")
+            yield text or ""
+
+
+def _hash(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+def _shown(config: CorpusConfig) -> str:
+    return "of the standard library" if config.path is None else config.path

@@ -1,0 +1,106 @@
+"""Which task comes next: a seeded draw over tasks and fillers, and batches of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cortex_core.config import TaskName, TasksConfig
+from cortex_core.errors import ConfigError
+from cortex_core.tasks.copy_reverse import CopyReverse
+from cortex_core.tasks.corpus import Corpus
+from cortex_core.tasks.corpus_text import CorpusText
+from cortex_core.tasks.filler import Filler, RandomFiller, TextFiller
+from cortex_core.tasks.key_value import KeyValue
+from cortex_core.tasks.layout import SPLIT_CODES, Example, TextTask
+from cortex_core.tasks.long_addition import LongAddition
+from cortex_core.tasks.n_back import NBack
+from cortex_core.tasks.vocabulary import Split, TaskVocabulary
+
+_DRAW = 3  # keeps the draw of a task apart from the draws inside it
+
+
+def build_task(
+    name: TaskName,
+    filler: str,
+    vocabulary: TaskVocabulary,
+    corpus: Corpus,
+    *,
+    split: Split = "train",
+    seed: int = 0,
+    num_pairs: int = 6,
+) -> TextTask:
+    """One task with one filler."""
+    hidden_in: Filler = TextFiller(corpus, split) if filler == "text" else RandomFiller(vocabulary)
+    match name:
+        case "key_value":
+            return KeyValue(vocabulary, hidden_in, split, seed, num_pairs)
+        case "copy_reverse":
+            return CopyReverse(vocabulary, hidden_in, split, seed)
+        case "n_back":
+            return NBack(vocabulary, hidden_in, split, seed)
+        case "long_addition":
+            return LongAddition(vocabulary, hidden_in, split, seed)
+        case "corpus":
+            return CorpusText(vocabulary, TextFiller(corpus, split), split, seed)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Example `index` is drawn from a task that the index and the seed decide."""
+
+    tasks: tuple[TextTask, ...]
+    weights: tuple[float, ...]
+    """Probability of each task, same length as `tasks`; sums to 1."""
+    split: Split = "train"
+    seed: int = 0
+
+    @classmethod
+    def from_config(
+        cls, config: TasksConfig, vocabulary: TaskVocabulary, corpus: Corpus, *, split: Split = "train", seed: int = 0
+    ) -> Mixture:
+        """Every task with every filler; tasks are equally likely, and so are the fillers of one task."""
+        tasks: list[TextTask] = []
+        weights: list[float] = []
+        for name in config.names:
+            fillers = ("text",) if name == "corpus" else config.fillers
+            for filler in fillers:
+                tasks.append(
+                    build_task(name, filler, vocabulary, corpus, split=split, seed=seed, num_pairs=config.num_pairs)
+                )
+                weights.append(1 / len(config.names) / len(fillers))
+        return cls(tuple(tasks), tuple(weights), split, seed)
+
+    def task(self, index: int) -> TextTask:
+        """The task of example `index`."""
+        rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, _DRAW])
+        return self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
+
+    def spanning_batch(
+        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, last_tokens: int = 1
+    ) -> Example:
+        """Long sequences of equal length: facts first, questions near the end. Both arrays are [len(indices), total_tokens]."""
+        return stack(
+            [
+                self.task(index).spanning_example(
+                    index, total_tokens, num_queries=num_queries, last_tokens=last_tokens
+                )
+                for index in indices
+            ]
+        )
+
+    def in_window_batch(self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1) -> Example:
+        """Windows with everything inside. Both arrays are [len(indices), total_tokens]."""
+        return stack(
+            [self.task(index).in_window_example(index, total_tokens, num_queries=num_queries) for index in indices]
+        )
+
+
+def stack(examples: Sequence[Example]) -> Example:
+    """Rows [B, T] from examples of one length. Raises ConfigError when lengths differ."""
+    lengths = {len(example.tokens) for example in examples}
+    if len(lengths) != 1:
+        raise ConfigError(f"examples of {len(lengths)} lengths cannot be one batch: {sorted(lengths)}")
+    return Example(np.stack([example.tokens for example in examples]), np.stack([example.answer for example in examples]))

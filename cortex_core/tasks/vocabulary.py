@@ -1,0 +1,116 @@
+"""Words and markers that a tokenizer writes as single tokens, split into pools that never meet.
+
+Keys never are values, and a word that evaluation asks about never occurs in a training task: a model that answers must have
+read the fact, it cannot have learned the word's task role by heart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cortex_core.errors import DataError
+
+Split = Literal["train", "held_out"]
+IntArray = NDArray[np.int64]
+
+MARKERS = (" remember", " recall", " items", " item", " digits", " reverse", " add", " plus", " sum", ";")
+"""Strings with a fixed role in the task lines, each with the space that it is written with."""
+DIGITS = tuple(f" {digit}" for digit in range(10))
+
+POOL_SEED = 20_250_101
+"""Default seed of the pools. It is not a run's seed: every run on a tokenizer must hold out the same words."""
+HELD_OUT_FRAC = 1 / 3
+FREQUENT_FRAC = 0.2
+MAX_WORDS = 1200
+MIN_WORDS = 24
+
+_WORD = re.compile(r"[a-z]{3,12}")
+_SPACE_MARKS = ("\u0120", "\u2581", " ")  # how byte-level and sentencepiece vocabularies write a leading space
+
+
+@dataclass(frozen=True)
+class TaskVocabulary:
+    """What tasks write with. Build it with `from_tokenizer`; token ids throughout."""
+
+    tokenizer: Any = field(repr=False)
+    prefix: tuple[int, ...]
+    """What a document opens with: the beginning-of-sequence token, or nothing where the tokenizer has none."""
+    separator: tuple[int, ...]
+    """What stands between two documents: the end-of-sequence token, or nothing."""
+    keys: MappingProxyType[str, IntArray] = field(repr=False)
+    """One-token words by split, int64 [n]."""
+    values: MappingProxyType[str, IntArray] = field(repr=False)
+    """One-token words by split, int64 [n]; disjoint from the keys."""
+    pieces: MappingProxyType[str, tuple[int, ...]] = field(repr=False)
+    """Token ids of every marker and of the digits " 0" to " 9" (several ids where the tokenizer splits them)."""
+    random_ids: IntArray = field(repr=False)
+    """Every id that random filler may use: the vocabulary without special tokens and without the markers, int64 [n]."""
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, seed: int = POOL_SEED) -> TaskVocabulary:
+        """Take pools from an HF-style tokenizer: `get_vocab`, `encode`, `__call__`, `all_special_ids`, `bos_token_id`.
+
+        Raises DataError when fewer than 24 words are single tokens with a leading space.
+        """
+        pieces = {text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*MARKERS, *DIGITS)}
+        marker_ids = {token for text in MARKERS for token in pieces[text]}
+        digit_ids = {token for text in DIGITS for token in pieces[text]}
+        words = _single_token_words(tokenizer, excluded=marker_ids | digit_ids)
+        # Byte-pair vocabularies number frequent words first: leave those to the filler, where they would be distractors.
+        words = words[int(len(words) * FREQUENT_FRAC) :][:MAX_WORDS]
+        if len(words) < MIN_WORDS:
+            raise DataError(
+                f"the tokenizer writes only {len(words)} suitable words (lower-case ascii, 3 to 12 letters, one token with "
+                f"its leading space); the tasks need at least {MIN_WORDS}. Choose a backbone with a word-piece vocabulary"
+            )
+        order = np.random.default_rng(seed).permutation(np.array(words, dtype=np.int64))
+        keys, values = _pools(order[: len(order) // 2]), _pools(order[len(order) // 2 :])
+        special = set(tokenizer.all_special_ids)
+        random_ids = sorted(set(tokenizer.get_vocab().values()) - special - marker_ids)
+        return cls(
+            tokenizer=tokenizer,
+            prefix=_present(tokenizer.bos_token_id),
+            separator=_present(tokenizer.eos_token_id),
+            keys=keys,
+            values=values,
+            pieces=MappingProxyType(pieces),
+            random_ids=np.array(random_ids, dtype=np.int64),
+        )
+
+    def digits(self, numbers: Sequence[int] | IntArray) -> list[int]:
+        """Ids of " d" for each digit d in `numbers`."""
+        return [token for number in numbers for token in self.pieces[DIGITS[int(number)]]]
+
+    def held_out_words(self) -> IntArray:
+        """Every word that no training task may use, int64 [n]."""
+        return np.concatenate([self.keys["held_out"], self.values["held_out"]])
+
+
+def _single_token_words(tokenizer: Any, excluded: set[int]) -> list[int]:
+    """Ids of suitable words in the order of their ids; every candidate is verified by encoding it."""
+    candidates: dict[str, int] = {}
+    for token, index in tokenizer.get_vocab().items():
+        word = token[1:] if token.startswith(_SPACE_MARKS) else token
+        if _WORD.fullmatch(word) and index not in excluded:
+            candidates[word] = index
+    if not candidates:
+        return []
+    encoded = tokenizer([f" {word}" for word in candidates], add_special_tokens=False)["input_ids"]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] not in excluded})
+
+
+def _pools(words: IntArray) -> MappingProxyType[str, IntArray]:
+    """Split shuffled words into the train and the held-out pool."""
+    cut = len(words) - round(len(words) * HELD_OUT_FRAC)
+    return MappingProxyType({"train": words[:cut], "held_out": words[cut:]})
+
+
+def _present(token: int | None) -> tuple[int, ...]:
+    return () if token is None else (token,)

@@ -1,0 +1,142 @@
+"""What sidecars are trained for: answer from memory, write seldom, and change nothing that the bare model could do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.passes import MemoryPass, States
+from cortex_core.backbone.reading import read_segments
+from cortex_core.backbone.segments import Layout
+from cortex_core.config import TrainingConfig
+from cortex_core.fast_weights.gate import margin_penalty
+from cortex_core.fast_weights.state import FastWeights
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one worker."""
+
+    input_ids: Int[Tensor, "batch segments width"]
+    """Long sequences, cut into segments."""
+    answer: Bool[Tensor, "batch segments width"]
+    """Tokens that must be predicted, from what was read before them."""
+    in_window_ids: Int[Tensor, "windows width"]
+    """Windows that the bare model handles alone; may be empty (0 rows)."""
+    in_window_answer: Bool[Tensor, "windows width"]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+class ReadingLoss(nn.Module):
+    """The training objective as one module, so that DDP sees a single forward whatever happens inside."""
+
+    def __init__(self, model: Cortex, config: TrainingConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Loss (mean over this micro-batch, nats) and detached metrics."""
+        logits, first, passes = self._read_and_predict(batch)
+        answer_loss, accuracy = _answers(logits, batch, first)
+        penalty = _sparsity(passes, self.model, self.config.sparsity_margin)
+        loss = answer_loss + self.config.sparsity_weight * penalty
+        metrics = {
+            "loss/answer_nats": answer_loss.detach(),
+            "accuracy": accuracy,
+            "loss/sparsity": penalty.detach(),
+            "memory/write_frac": _write_frac(passes),
+            "memory/state_norm": _state_norm(passes[-1].final),
+        }
+        if len(batch.in_window_ids):
+            kl = self._kl_to_bare_model(batch, passes[-1].final)
+            loss = loss + self.config.kl_weight * kl
+            metrics["loss/in_window_kl_nats"] = kl.detach()
+        metrics["loss"] = loss.detach()
+        return loss, metrics
+
+    def _read_and_predict(self, batch: Batch) -> tuple[Tensor, int, list[MemoryPass]]:
+        """Segments before the first answer are read without the upper layers. Also the first predicted segment."""
+        total, width = batch.input_ids.shape[1:]
+        position = batch.answer.flatten(1).any(0).nonzero()
+        first = max(int(position[0]) - 1, 0) // width if len(position) else total - 1
+        keep = self.config.truncate_segments
+        cuts = sorted({0, max(0, first - keep) if keep else 0, first, total})
+        states, passes, logits = self.model.empty_states(len(batch.input_ids)), [], None
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            if start and keep and start <= first - keep:
+                states = _detached(states)
+            ids = batch.input_ids[:, start:stop]
+            layout = plain_layout(ids, start * width)
+            logits, memory = read_segments(self.model, ids, layout, states, predict=stop == total)
+            states = memory.final
+            passes.append(memory)
+        assert logits is not None
+        return logits, first, passes
+
+    def _kl_to_bare_model(self, batch: Batch, states: States) -> Tensor:
+        """KL(bare || with memory) per token, plus the same at the answers. The memory is full of other sequences' facts."""
+        ids = batch.in_window_ids
+        with torch.no_grad():
+            bare = self.model.backbone(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        rows = torch.arange(len(ids), device=ids.device) % len(batch.input_ids)
+        other = {n: FastWeights.at_chunk_start(s.up.detach()[rows]) for n, s in states.items()}
+        logits, _ = read_segments(
+            self.model, ids[:, None], plain_layout(ids[:, None], batch.input_ids[0].numel()), other, predict=True
+        )
+        assert logits is not None
+        kl = functional.kl_div(logits.float().log_softmax(-1), bare, log_target=True, reduction="none").sum(-1)
+        asked = batch.in_window_answer[:, 1:]
+        at_answers = (kl[:, :-1] * asked).sum() / asked.sum().clamp_min(1)
+        return kl.mean() + at_answers
+
+
+def plain_layout(input_ids: Int[Tensor, "batch segments width"], start: int) -> Layout:
+    """Whole segments without padding or reward, after `start` tokens."""
+    batch, segments, width = input_ids.shape
+    flat, device = (batch * segments, width), input_ids.device
+    return Layout(
+        segments,
+        torch.ones(flat, dtype=torch.bool, device=device),
+        torch.full((batch,), start, dtype=torch.long, device=device),
+        torch.zeros(flat, device=device),
+    )
+
+
+def _answers(logits: Tensor, batch: Batch, first: int) -> tuple[Tensor, Tensor]:
+    """Cross entropy and accuracy at the answers; `logits` start at segment `first`."""
+    ids = batch.input_ids[:, first:].flatten(1)[:, 1:]
+    asked = batch.answer[:, first:].flatten(1)[:, 1:]
+    predicted, target = logits[:, :-1][asked].float(), ids[asked]
+    if not len(target):
+        return logits.sum() * 0.0, logits.new_tensor(float("nan"))
+    accuracy = (predicted.argmax(-1) == target).float().mean()
+    return functional.cross_entropy(predicted, target), accuracy
+
+
+def _sparsity(passes: list[MemoryPass], model: Cortex, margin: float) -> Tensor:
+    dead_zone = model.fast_weights.dead_zone
+    gates = [r.activation for memory in passes for r in memory.readings.values()]
+    total = sum(margin_penalty(gate, dead_zone, margin).sum() for gate in gates)
+    return torch.as_tensor(total / sum(gate.numel() for gate in gates))
+
+
+@torch.no_grad()
+def _write_frac(passes: list[MemoryPass]) -> Tensor:
+    writes = [r.write for memory in passes for r in memory.readings.values()]
+    return torch.as_tensor(sum((w > 0).sum() for w in writes) / sum(w.numel() for w in writes))
+
+
+@torch.no_grad()
+def _state_norm(states: States) -> Tensor:
+    return torch.stack([s.up.norm(dim=(-2, -1)).mean() for s in states.values()]).mean()
+
+
+def _detached(states: States) -> States:
+    return {n: FastWeights(*(part.detach() for part in s)) for n, s in states.items()}

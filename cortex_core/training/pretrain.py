@@ -1,0 +1,155 @@
+"""Backbone pretraining: text and in-window tasks, one thread, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cortex_core.backbone.create import create_model, train_tokenizer
+from cortex_core.errors import DataError, IncompatibleError
+from cortex_core.tasks.corpus import Corpus, load_corpus, training_texts
+from cortex_core.tasks.vocabulary import DIGITS, MARKERS, TaskVocabulary
+from cortex_core.training.pretrain_config import PretrainConfig
+from cortex_core.training.pretrain_rows import KINDS, Rows, RowSource
+
+WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+
+
+@dataclass
+class Pretraining:
+    """A run: the model with its optimizer, at a step."""
+
+    config: PretrainConfig
+    tokenizer: Any
+    vocabulary: TaskVocabulary
+    corpus: Corpus
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    """Optimizer steps done."""
+
+    @classmethod
+    def start(cls, config: PretrainConfig) -> Pretraining:
+        """Read the corpus, train the tokenizer, create the model. Raises DataError where text or tokenizer fall short."""
+        tokenizer = train_tokenizer(training_texts(config.corpus), config.decoder.vocab_size, (*MARKERS, *DIGITS))
+        shape = config.decoder.model_dump(exclude={"vocab_size"})
+        model = create_model(vocab_size=len(tokenizer), seed=config.seed, **shape)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+        )
+        vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
+        return cls(config, tokenizer, vocabulary, load_corpus(config.corpus, tokenizer), model, optimizer)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train to the last step; metrics of every `report_every_steps` steps, and of the last."""
+        torch.set_flush_denormal(True)
+        source = RowSource(self.config, self.vocabulary, self.corpus)
+        every, since = self.config.report_every_steps, time.monotonic()
+        while self.step < self.config.steps:
+            metrics = train_step(self.model, self.optimizer, source.batch(self.step), self.config, self.step)
+            self.step += 1
+            if self.step % every == 0 or self.step == self.config.steps:
+                now = time.monotonic()
+                rate = every * self.config.batch_size * self.config.decoder.window_tokens / (now - since)
+                since = now
+                yield {"step": float(self.step), "throughput/tokens_per_s": rate} | metrics
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; an older one in the folder is replaced file by file, the state last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = dict(self.model.named_parameters())
+        moments = {
+            f"{name}.{key}": self.optimizer.state[parameter][key]
+            for name, parameter in names.items()
+            for key in ("exp_avg", "exp_avg_sq")
+            if parameter in self.optimizer.state
+        }
+        _replace(folder / WEIGHTS, lambda path: save_file({n: p.detach() for n, p in names.items()}, path))
+        _replace(folder / MOMENTS, lambda path: save_file(moments, path))
+        state = {"step": self.step, "config": self.config.model_dump(mode="json")}
+        _replace(folder / STATE, lambda path: path.write_text(json.dumps(state, indent=2)))
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint. Raises DataError without one, IncompatibleError for another model or other rows."""
+        if not (folder / STATE).is_file():
+            raise DataError(f"{folder} holds no checkpoint ({STATE} is missing): give the folder of an earlier run")
+        state = json.loads((folder / STATE).read_text())
+        self._check_same_run(PretrainConfig.model_validate(state["config"]), folder)
+        weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+                if f"{name}.exp_avg" in moments:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(state["step"])),
+                        "exp_avg": moments[f"{name}.exp_avg"],
+                        "exp_avg_sq": moments[f"{name}.exp_avg_sq"],
+                    }
+        self.step = int(state["step"])
+
+    def _check_same_run(self, saved: PretrainConfig, folder: Path) -> None:
+        """The length of a run may change while its rate is still level; what the steps so far were made from may not."""
+        for key in ("seed", "batch_size", "decoder", "corpus"):
+            if getattr(saved, key) != getattr(self.config, key):
+                raise IncompatibleError(
+                    f"{folder} was trained with {key} = {getattr(saved, key)}, this run has {getattr(self.config, key)}: "
+                    "use the same value, or another folder"
+                )
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, config: PretrainConfig, step: int
+) -> dict[str, float]:
+    """One optimizer step. Returns losses in nats and the accuracy on the answers of each kind of row present."""
+    tokens = torch.from_numpy(rows.tokens)
+    text_weight, answer_weight = torch.from_numpy(rows.text_weight)[:, 1:], torch.from_numpy(rows.answer_weight)[:, 1:]
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(text_weight)
+    text_loss, answer_loss = _weighted_mean(losses, text_weight), _weighted_mean(losses, answer_weight)
+    loss = text_loss + config.answer_weight * answer_loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * rate_at(step, config)
+    optimizer.step()
+    metrics = {"loss/text_nats": text_loss.item(), "loss/answer_nats": answer_loss.item(), "gradient_norm": norm.item()}
+    return metrics | _accuracies(logits.detach(), tokens, answer_weight > 0, rows)
+
+
+def rate_at(step: int, config: PretrainConfig) -> float:
+    """Learning rate at `step` (from 0) as a share of its peak: warm-up, level, linear decay."""
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    decay_steps = config.decay_frac * config.steps
+    left = (config.steps - step) / decay_steps if decay_steps else 1.0
+    return warm * (config.final_frac + (1.0 - config.final_frac) * min(1.0, left))
+
+
+def _weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
+    return (losses * weight).sum() / weight.sum().clamp_min(1e-6)
+
+
+def _accuracies(logits: Tensor, tokens: Tensor, asked: Tensor, rows: Rows) -> dict[str, float]:
+    """Share of answers predicted, by kind of row."""
+    row, column = asked.nonzero(as_tuple=True)
+    right = logits[row, column].argmax(-1) == tokens[row, column + 1]
+    kinds = torch.from_numpy(rows.kinds)[row]
+    present = kinds.unique().tolist()
+    return {f"accuracy/{KINDS[kind]}": right[kinds == kind].float().mean().item() for kind in present}
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write to a neighbour, then rename: a reader sees the old file or the new one, never half of one."""
+    draft = path.with_name(path.name + ".draft")
+    write(draft)
+    os.replace(draft, path)

@@ -1,0 +1,213 @@
+"""The command line: parse, resolve the configuration, refuse what cannot work, hand over to the command.
+
+Plain argparse, not pydantic-settings: `--help` has to come up without importing pydantic or building a model,
+overrides are the same dotted `section.key=value` as in a Tune sample, and every wrong value gets the one line
+that `pipelines.explain` writes. The module behind a command, and torch and ray with it, is imported last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from cortex_core.errors import ConfigError, DataError, IncompatibleError
+
+DESCRIPTION = "Cortex gives a frozen language model a lasting memory."
+HELP = """\
+RECIPE is a TOML file or the name of one that ships. KEY=VALUE overrides one setting; values need no quotes,
+lists no brackets. Settings, later wins: field default < recipe < overrides.
+
+Output: everything goes to out_dir/name (runs/demo for the demo): config.toml, checkpoints, report. Metrics of
+all runs go to out_dir/mlflow.db. The same command again, under the same name, resumes.
+
+Examples:
+  cortex train demo
+  cortex train demo name=short training.steps=100 cluster.num_workers=1
+  cortex train my.toml backbone.name=Qwen/Qwen3-0.6B corpus.path=notes/ fast_weights.rank=32
+  cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
+  cortex config fast_weights
+  cortex ui runs
+
+Exit codes: 0 done, 1 failed while running, 2 wrong input (one line says what), 130 interrupted.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line like every other wrong input, instead of the usage followed by the line."""
+        if "unrecognized arguments: -" in message and "=" in message:
+            message += ". Overrides are written without dashes: training.steps=100"
+        raise ConfigError(f"{message}. See {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, return the exit code. Wrong input ends here: a line per problem on stderr, exit 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, DataError, IncompatibleError) as error:
+        for line in str(error).splitlines():
+            print(f"cortex: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = f"; to resume: cortex {shlex.join(arguments)}" if arguments[:1] == ["train"] else ""
+        print(f"\ncortex: interrupted{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `cortex config | head`: nobody reads on, which is fine
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["pretrain"]:  # it has settings, and a --help, of its own
+        from pipelines import pretrain
+
+        return pretrain.main(arguments[1:])
+    given = _parser().parse_args(arguments)
+    match given.command:
+        case "train":
+            return _train(given.recipe, given.overrides)
+        case "evaluate":
+            return _evaluate(Path(given.run_folder), given.overrides)
+        case "config":
+            return _config(given.section, given.recipe, given.overrides)
+        case "ui":
+            command = ui_command(Path(given.folder), given.port)
+            os.execv(command[0], command)  # Ctrl-C goes to MLflow alone
+    print(_parser().format_help(), end="")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Subcommands take their arguments in order; only `config` and `ui` have options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"cortex {metadata.version('cortex-memory')}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands, each with its own --help"
+    )
+
+    def command(name: str, usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, usage=f"cortex {name} {usage}", description=description, epilog=epilog, formatter_class=raw,
+            help=description[:1].lower() + description[1:-1], allow_abbrev=False,
+        )  # fmt: skip
+
+    def overrides(to: argparse.ArgumentParser) -> None:
+        text = "settings that differ this time; cortex config lists them"
+        to.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=text)
+
+    train = command(
+        "train", "RECIPE [KEY=VALUE ...]", "Train a memory, evaluate it, write a report to out_dir/name.",
+        "Examples:\n  cortex train demo\n  cortex train demo name=wide fast_weights.rank=32",
+    )  # fmt: skip
+    train.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of one that ships")
+    overrides(train)
+
+    evaluate = command(
+        "evaluate", "RUN_FOLDER [KEY=VALUE ...]", "Ask a trained memory again, under its run's own settings.",
+        "Example:\n  cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536 evaluation.num_examples=400",
+    )  # fmt: skip
+    evaluate.add_argument("run_folder", metavar="RUN_FOLDER", help="out_dir/name of a run")
+    overrides(evaluate)
+
+    # Only for the list: `_dispatch` hands pretrain its arguments unparsed.
+    command("pretrain", "RECIPE [KEY=VALUE ...]", "Train a small backbone from scratch.")
+
+    config = command(
+        "config", "[SECTION] | [--recipe RECIPE] [KEY=VALUE ...]",
+        "Print every setting, or what a recipe resolves to.",
+        "Examples:\n  cortex config training\n  cortex config --recipe demo training.steps=100",
+    )  # fmt: skip
+    config.add_argument("section", nargs="?", metavar="SECTION", help="only this one, e.g. training")
+    config.add_argument("--recipe", metavar="RECIPE", help="print the resolved values as TOML instead")
+    overrides(config)
+
+    ui = command("ui", "[FOLDER] [--port PORT]", "Open MLflow on the runs in a folder.")
+    ui.add_argument(
+        "folder", nargs="?", default="runs", metavar="FOLDER", help="out_dir or a run's folder [runs]"
+    )
+    ui.add_argument(
+        "--port", type=int, default=5000, help="where the page is served, on this machine only [5000]"
+    )
+    return parser
+
+
+def _train(recipe: str, overrides: list[str]) -> int:
+    from pipelines.config import load_config
+    from pipelines.preflight import check
+
+    config = load_config(recipe, overrides)
+    check(config)
+    from pipelines import train
+
+    return train.run(config)
+
+
+def _evaluate(folder: Path, overrides: list[str]) -> int:
+    from pipelines.config import CONFIG_FILE, load_config
+    from pipelines.preflight import check_against_backbone, check_corpus
+
+    if not (folder / CONFIG_FILE).is_file():
+        state = f"has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
+        raise DataError(
+            f"{folder}: {state}, so it is no run. Give the folder that cortex train wrote: out_dir/name"
+        )
+    config = load_config(folder / CONFIG_FILE, overrides)
+    check_corpus(config)
+    check_against_backbone(config)
+    from pipelines import evaluate
+
+    return evaluate.run(config, folder)
+
+
+def _config(section: str | None, recipe: str | None, overrides: list[str]) -> int:
+    from pipelines.config import RunConfig, dump_toml, load_config
+    from pipelines.explain import knobs, nearest, show
+
+    if section and "=" in section:  # the optional SECTION took the first override
+        section, overrides = None, [section, *overrides]
+    if recipe or overrides:
+        print(dump_toml(load_config(recipe, overrides)), end="")
+        return 0
+    listed = list(knobs(RunConfig))
+    sections = list(dict.fromkeys(knob.section for knob in listed))
+    if section is not None and section not in sections:
+        hint = nearest(section, sections)
+        raise ConfigError(
+            f"{section}: no such section. There are: {', '.join(filter(None, sections))}"
+            + (f". Did you mean {hint}?" if hint else "")
+        )
+    width = max(72, min(shutil.get_terminal_size((100, 24)).columns, 120)) - 4
+    for name in sections if section is None else [section]:
+        print(f"[{name}]  {RunConfig.model_fields[name].description}" if name else "Settings of the run")
+        for knob in listed:
+            if knob.section == name:
+                print(f"  {knob.name} = {show(knob.default)}")
+                for line in textwrap.wrap(f"{knob.doc} ({knob.expects})", width):
+                    print(f"      {line}")
+        print()
+    return 0
+
+
+def ui_command(folder: Path, port: int) -> list[str]:
+    """What serves MLflow's page on the database of `folder`. Raises DataError if there is none."""
+    from pipelines.config import DATABASE_FILE
+
+    database = next((p for p in (folder / DATABASE_FILE, folder.parent / DATABASE_FILE) if p.is_file()), None)
+    if database is None:
+        raise DataError(
+            f"{folder}: no {DATABASE_FILE} in or beside it. Give the out_dir of a run, or train first"
+        )
+    uri = f"sqlite:///{database.absolute()}"
+    print(f"MLflow on {uri}\nhttp://127.0.0.1:{port}   (stop with Ctrl-C)", flush=True)
+    options = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "mlflow", "ui", *options]

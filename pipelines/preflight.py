@@ -1,0 +1,173 @@
+"""What can be known to fail before torch and ray are imported: it is said now, not minutes later on a worker.
+
+A backbone is judged by the JSON beside its weights; what only the loaded model can tell waits until then.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cortex_core
+from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from pipelines.config import RunConfig
+
+ASSETS = Path(cortex_core.__file__).parent / "assets"
+BUILTIN = "builtin:"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+CORPUS_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def check(config: RunConfig) -> None:
+    """Every check below. Reads a few small files, writes nothing.
+
+    Raises:
+        ConfigError: a value contradicts the backbone or the machine.
+        DataError: the corpus or the backbone is not there.
+        IncompatibleError: the backbone cannot be used.
+    """
+    check_out_dir(config)
+    check_corpus(config)
+    check_against_backbone(config)
+    check_against_machine(config)
+
+
+def check_out_dir(config: RunConfig) -> None:
+    """Something will be written there."""
+    folder = Path(config.out_dir).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "may not be written to" if existing.is_dir() else "is a file"
+        raise ConfigError(f'out_dir = "{config.out_dir}": {existing} {why}. Set out_dir to another folder')
+
+
+def check_corpus(config: RunConfig) -> None:
+    """The path exists and holds a kind of file that is read."""
+    if config.corpus.path is None:
+        return
+    path, kinds = Path(config.corpus.path), ", ".join(CORPUS_SUFFIXES)
+    what = f'corpus.path = "{config.corpus.path}"'
+    if not path.exists():
+        raise DataError(
+            f"{what}: no such file or folder. Give a file or a folder of them ({kinds}), or leave it out to "
+            "train on the Python standard library's sources"
+        )
+    files = (p for p in path.rglob("*")) if path.is_dir() else iter([path])
+    if not any(p.suffix in CORPUS_SUFFIXES for p in files):
+        state = "holds no" if path.is_dir() else "is not a"
+        raise DataError(f"{what}: {state} file that can be read: {kinds}")
+
+
+def check_against_machine(config: RunConfig) -> None:
+    """Ray would wait for resources that a cluster on this machine alone can never have."""
+    cluster, cpus = config.cluster, len(os.sched_getaffinity(0))
+    if cluster.address is not None or cluster.num_workers == 0:
+        return
+    needed = cluster.num_workers * cluster.cpus_per_worker
+    if needed > cpus:
+        fewer = int(cpus / cluster.cpus_per_worker)
+        remedy = f"cluster.num_workers={fewer} or " if fewer else ""
+        remedy += f"cluster.cpus_per_worker={math.floor(100 * cpus / cluster.num_workers) / 100:g}"
+        raise ConfigError(
+            f"cluster.num_workers = {cluster.num_workers} x cluster.cpus_per_worker = "
+            f"{cluster.cpus_per_worker:g}: must be at most {cpus}, the CPUs of this machine. Set "
+            f"{remedy}, or cluster.address=auto for a cluster"
+        )
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if cluster.use_gpu and cluster.num_workers > gpus and not Path("/dev/dxg").exists():  # WSL has this one
+        remedy = f"Set cluster.num_workers={gpus}" if gpus else "Set cluster.use_gpu=false"
+        raise ConfigError(
+            f"cluster.num_workers = {cluster.num_workers} with cluster.use_gpu = true: must be at most "
+            f"{gpus}, the NVIDIA GPUs of this machine. {remedy}, or cluster.address=auto for a cluster"
+        )
+
+
+def check_against_backbone(config: RunConfig) -> None:
+    """The memory fits the model and the segments fit its window, from `config.json` alone.
+
+    Only for a builtin or a local folder: about a hub id nothing is known before it is downloaded.
+    """
+    folder = backbone_folder(config.backbone.name)
+    if folder is None:
+        return
+    what = f'backbone.name = "{config.backbone.name}"'
+    described = _read_config(folder, what)
+    _check_files(folder, described, what)
+    shape = described.get("text_config") or described  # multimodal models nest their language part
+    for line in _misfits(config, shape):
+        raise ConfigError(line)
+
+
+def backbone_folder(name: str) -> Path | None:
+    """The folder that `name` means, or None for a hub id. It need not exist."""
+    if name.startswith(BUILTIN):
+        return ASSETS / name.removeprefix(BUILTIN)
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
+    return path if is_path or path.exists() else None
+
+
+def _read_config(folder: Path, what: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        shipped = ", ".join(sorted(BUILTIN + p.parent.name for p in ASSETS.glob("*/config.json"))) or "none"
+        state = "it has no config.json" if folder.is_dir() else "no such folder"
+        raise DataError(
+            f"{what}: {state} (looked for {path}). Give a folder written by save_pretrained, a hub id of "
+            f"Hugging Face, or a model that ships: {shipped}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{what}: {path} is not JSON ({error}). Download or save the model again") from None
+    if not isinstance(described, dict):
+        raise DataError(f"{what}: {path} does not describe a model. Download or save the model again")
+    return described
+
+
+def _check_files(folder: Path, described: Mapping[str, Any], what: str) -> None:
+    if described.get("is_encoder_decoder"):
+        raise IncompatibleError(f"{what}: is an encoder-decoder. A decoder-only language model is needed")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise IncompatibleError(
+            f"{what}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). "
+            "Save one into the same folder with tokenizer.save_pretrained(folder)"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"{what}: has no weights (looked for *.safetensors). "
+            "Download them, or convert others with model.save_pretrained(folder)"
+        )
+
+
+def _misfits(config: RunConfig, shape: Mapping[str, Any]) -> Iterator[str]:
+    """One line per setting that the described model has no room for. A family may name nothing we know."""
+    window = _first_int(shape, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    heads = _first_int(shape, "num_attention_heads", "n_head")
+    width = _first_int(shape, "hidden_size", "n_embd")
+    layers = _first_int(shape, "num_hidden_layers", "n_layer")
+    head_dim = _first_int(shape, "head_dim") or (width // heads if width and heads else None)
+    segment, memory = config.backbone.segment_tokens, config.fast_weights
+    if window and segment > window:
+        yield (
+            f"backbone.segment_tokens = {segment}: must be at most {window}, the window of "
+            f"{config.backbone.name}. Set backbone.segment_tokens={window}; memory carries what came before"
+        )
+    if head_dim and memory.rank > head_dim:
+        yield (
+            f"fast_weights.rank = {memory.rank}: must be at most {head_dim}, the width of a head of "
+            f"{config.backbone.name}: keys are projected down. Set fast_weights.rank={head_dim} or less"
+        )
+    if layers and memory.layers != "auto" and max(memory.layers, default=0) >= layers:
+        yield (
+            f"fast_weights.layers = {list(memory.layers)}: must be at most {layers - 1}, the last layer of "
+            f'{config.backbone.name}, counted from 0. Set fast_weights.layers="auto" or smaller numbers'
+        )
+
+
+def _first_int(shape: Mapping[str, Any], *names: str) -> int | None:
+    return next((shape[name] for name in names if isinstance(shape.get(name), int) and shape[name] > 0), None)

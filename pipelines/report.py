@@ -1,0 +1,252 @@
+"""The result of an evaluation as files: numbers to compute with, pictures, and one page to read.
+
+`evaluation.json` is the result; everything else is drawn from it. Its form is `Evaluation` below. Unknown keys are
+kept, so that a newer version may add to it; a change that an older reader would misunderstand raises `SCHEMA`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cortex_core.config import Fraction, NonNegative, PositiveInt
+from cortex_core.errors import DataError
+from pipelines.pictures import gate_usage, image_bytes, percent, reach_curves, training_curves
+from pipelines.report_page import conditions, findings, interval, page
+
+SCHEMA = 1
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Open(BaseModel):
+    """Checked where we read it, open to keys that we do not know."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Score(_Open):
+    """Accuracy on one task, filler and gap with memory on or off, over n examples, with its 95 % interval."""
+
+    task: str
+    filler: str
+    gap_tokens: Count
+    memory: Literal["on", "off"]
+    accuracy: Fraction
+    n: PositiveInt
+    low: Fraction
+    high: Fraction
+
+    @model_validator(mode="after")
+    def interval_holds_the_accuracy(self) -> Score:
+        """Bounds lie on both sides of the accuracy, up to rounding."""
+        if not self.low - 1e-9 <= self.accuracy <= self.high + 1e-9:
+            raise ValueError(f"accuracy {self.accuracy} lies outside its interval {self.low} to {self.high}")
+        return self
+
+
+class Drift(_Open):
+    """What the memory costs on ordinary text: perplexity on held-out text, their ratio on / off, and its interval."""
+
+    perplexity_off: NonNegative | None = None
+    perplexity_on: NonNegative | None = None
+    ratio: NonNegative | None = None
+    low: NonNegative | None = None
+    high: NonNegative | None = None
+    n_tokens: Count | None = None
+    bits_per_byte_off: NonNegative | None = None
+    bits_per_byte_on: NonNegative | None = None
+
+
+class GateUse(_Open):
+    """Where the gate of one layer opens: share of tokens written, and mean write strength on facts and filler."""
+
+    layer: Count
+    task: str | None = None
+    filler: str | None = None
+    write_frac: Fraction | None = None
+    mean_write_on_facts: Fraction | None = None
+    mean_write_on_filler: Fraction | None = None
+
+
+class Throughput(_Open):
+    """Tokens read per second, with memory and without."""
+
+    tokens_per_s_on: NonNegative | None = None
+    tokens_per_s_off: NonNegative | None = None
+
+
+class Evaluation(_Open):
+    """One evaluation of one trained memory. Only `schema` and `rows` must be there."""
+
+    version: Annotated[Literal[1], Field(alias="schema")]
+    rows: Annotated[tuple[Score, ...], Field(min_length=1)]
+    run: str | None = None
+    created: str | None = None
+    config: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    drift: Drift | None = None
+    usage: tuple[GateUse, ...] | None = None
+    throughput: Throughput | None = None
+    state_bytes: Count | None = None
+    sidecar_parameters: Count | None = None
+    backbone_parameters: Count | None = None
+    chance: dict[str, Fraction] | None = None
+    window_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def a_condition_appears_once(self) -> Evaluation:
+        """Two rows for one point of a curve would leave open which one holds."""
+        seen: set[tuple[str, str, int, str]] = set()
+        for row in self.rows:
+            key = (row.task, row.filler, row.gap_tokens, row.memory)
+            if key in seen:
+                raise ValueError(f"two rows for task, filler, gap_tokens, memory = {key}")
+            seen.add(key)
+        return self
+
+
+def load_evaluation(path: Path | str) -> dict[str, Any]:
+    """The evaluation at `path`, a JSON file or a folder that holds `evaluation.json`.
+
+    Raises:
+        DataError: no file, truncated or malformed JSON, another schema, a missing key, a value out of bounds.
+    """
+    path = Path(path)
+    path = path / "evaluation.json" if path.is_dir() else path
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no evaluation there. Run `cortex evaluate` on the run folder first") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not valid JSON, truncated or edited by hand ({error}). Run `cortex evaluate` again"
+        ) from None
+    document = _plain(document)
+    _check(document, str(path))
+    return document
+
+
+def write_report(
+    evaluation: Mapping[str, Any], out_dir: Path | str, history: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Path]:
+    """Writes the report of an evaluation into `out_dir` and returns its files by name.
+
+    `evaluation.json`, `.csv`, `.parquet`, `reach.png` and `report.html` always; `usage.png` and `training.png` where
+    there is something to draw. Everything is made in a folder of its own and then renamed, the JSON last: after
+    an error the files of an earlier report stand as they were. `history` rows are described at
+    `pictures.training_curves`.
+
+    Raises:
+        DataError: `evaluation` is not of the form `Evaluation`; nothing is written.
+    """
+    document = _plain(evaluation)
+    _check(document, "evaluation")
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=out_dir) as folder:
+        _make(document, _plain(history or []), Path(folder))
+        for name in _FILES:
+            if (made := Path(folder) / name).exists():
+                os.replace(made, out_dir / name)
+                written[name] = out_dir / name
+            else:
+                (out_dir / name).unlink(missing_ok=True)  # a picture of an earlier evaluation would mislead
+    return written
+
+
+_FILES = ("report.html", "reach.png", "usage.png", "training.png",
+          "evaluation.csv", "evaluation.parquet", "evaluation.json")  # fmt: skip
+
+
+def _make(document: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
+    """Every file of the report, in `folder`."""
+    rows = document["rows"]
+    figures = {
+        "reach": reach_curves(rows, window_tokens=document.get("window_tokens"), chance=document.get("chance"))
+    }
+    if document.get("usage"):
+        figures["usage"] = gate_usage(document["usage"])
+    if history:
+        figures["training"] = training_curves(history)
+    for name, figure in figures.items():
+        (folder / f"{name}.png").write_bytes(image_bytes(figure))
+    (folder / "report.html").write_text(page(document, figures), encoding="utf-8")
+    frame = pd.DataFrame(rows)
+    columns = [name for name in Score.model_fields] + [c for c in frame.columns if c not in Score.model_fields]
+    frame = frame[columns]
+    frame.to_csv(folder / "evaluation.csv", index=False)
+    frame.to_parquet(folder / "evaluation.parquet", index=False)
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def print_summary(evaluation: Mapping[str, Any], console: Console | None = None) -> None:
+    """Accuracy by gap, a table per task and filler, and one line per headline; plain ASCII, 80 columns suffice."""
+    console = console or Console()
+    for (task, filler), gaps in conditions(evaluation["rows"]).items():
+        table = Table(box=SIMPLE_HEAD, title=Text(f"{task}, filler: {filler}", style="bold"), title_justify="left")
+        for name in ("gap, tokens", "memory on", "95 % interval", "memory off", "95 % interval"):
+            table.add_column(name, justify="right", no_wrap=True, min_width=12)
+        for gap, pair in gaps.items():
+            on, off = (
+                (percent(row["accuracy"], 1), interval(row)) if (row := pair.get(memory)) else ("", "")
+                for memory in ("on", "off")
+            )
+            table.add_row(f"{gap:,}" if gap else "in window", Text(on[0], style="bold"), on[1], *off)
+        console.print(table)
+    lines = Table.grid(padding=(0, 2))
+    for name, value, note in findings(evaluation):
+        lines.add_row(Text(name), Text(value, style="bold"), Text(note, style="dim"))
+    console.print(lines)
+
+
+def _check(document: Any, origin: str) -> None:
+    """Raises DataError, in one line that names the first wrong value, unless `document` is an `Evaluation`."""
+    if not isinstance(document, dict):
+        raise DataError(f"{origin}: holds {type(document).__name__}, not an evaluation. Run `cortex evaluate` again")
+    if document.get("schema") != SCHEMA:
+        raise DataError(
+            f"{origin}: schema = {document.get('schema')!r}, this version reads {SCHEMA}. "
+            "Use the version that wrote it, or run `cortex evaluate` again"
+        )
+    try:
+        Evaluation.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "rows"
+        raise DataError(f"{origin}: {place}: {first['msg']}. Run `cortex evaluate` again") from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy of `value` in JSON's own types: no numpy, no tuples; what is not finite has no value, so None."""
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case str():
+            return value.encode("utf-8", "replace").decode()  # JSON may hold halves of characters; files may not
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case float():
+            return value if math.isfinite(value) else None
+        case bool() | int() | None:
+            return value
+        case _:
+            return str(value)

@@ -1,0 +1,259 @@
+"""Lays the frozen backbone out over the workers: whole on each (stage 0), or split between them (stage 3).
+
+DeepSpeed ZeRO-3 holds the frozen weights and nothing else: no optimizer, no engine step, no ZeRO checkpoint. The sidecars
+stay ordinary parameters, kept in step by DDP (`replicate`). Weights travel one unit at a time: a decoder layer, or one of
+the few modules outside the layers (embedding, last norm, head). A whole layer, because it is one gather instead of a
+dozen, and because ranks whose tokens take different paths through a layer (mixtures of experts) would otherwise wait for
+each other for ever. Do not register sidecars below a decoder layer: they would count as part of its unit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cortex_core.backbone import load
+from cortex_core.config import BackboneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Peak:
+    """Most frozen elements that were resident on this rank at once: its shard and what was gathered from others."""
+
+    forward_numel: int = 0
+    backward_numel: int = 0
+    """Includes what gradient checkpointing computes again."""
+
+    @property
+    def numel(self) -> int:
+        """Most at any time."""
+        return max(self.forward_numel, self.backward_numel)
+
+
+class Shards:
+    """This rank's part of the frozen weights. Keep it as long as the model is used."""
+
+    def __init__(self, model: nn.Module, engine: Any = None) -> None:
+        self._parameters = list(model.parameters())
+        self._engine = engine  # takes its hooks along when it is garbage collected
+        self._offload = None if engine is None else engine.optimizer
+        self._peak: Peak | None = None
+        self.total_numel = sum(getattr(p, "ds_numel", p.numel()) for p in self._parameters)
+        """Elements of the whole backbone."""
+        self.owned_numel = sum(getattr(p, "ds_tensor", p).numel() for p in self._parameters)
+        """Elements that rest on this rank. The parts of a split tensor are equally long, so the last may be padded."""
+        if self._offload is not None:
+            self._depth = len(_forward_stack())
+            self._one_unit_at_a_time(self._offload)
+
+    def release(self) -> None:
+        """Call after every backward pass: lets the last unit go. Without shards it does nothing."""
+        if self._offload is None:
+            return
+        self._offload.release_backward_leftovers()
+        # Recomputation stops a layer early, before its hook pops the stack: it would grow with every step.
+        del _forward_stack()[self._depth :]
+
+    def resident_numel(self) -> int:
+        """Frozen elements in this rank's memory now: its own shard, and what is gathered at the moment."""
+        if self._offload is None:
+            return self.total_numel
+        return self.owned_numel + sum(p.numel() for p in self._parameters if not _aliases_shard(p))
+
+    @contextmanager
+    def watch(self) -> Iterator[Peak]:
+        """Measures within the block, after every gather. Costs a walk over all parameters each time."""
+        at_rest = self.resident_numel()
+        self._peak = Peak(at_rest, at_rest)
+        try:
+            yield self._peak
+        finally:
+            self._peak = None
+
+    def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        """Makes a parameter whole for reading. Every rank must enter together. Without shards it does nothing."""
+        if not hasattr(parameter, "ds_id"):
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+
+    def _one_unit_at_a_time(self, offload: Any) -> None:
+        """In the backward pass, let everything go before a unit is gathered.
+
+        DeepSpeed counts the gradients that a module still owes, but starts from zero at each forward call: when the
+        backbone is called again before the backward pass, with gradients or without, only the last call's weights are
+        let go and the rest pile up, up to the whole model. Units run backward strictly one after the other, so no
+        count is needed.
+        """
+        fetch_forward, fetch_backward = offload.pre_sub_module_forward_function, offload.pre_sub_module_backward_function
+
+        def before_forward(module: nn.Module) -> None:
+            fetch_forward(module)
+            self._sample()
+
+        def before_backward(module: nn.Module) -> None:
+            if _is_unit(module):
+                offload.release_backward_leftovers()
+                fetch_backward(module)
+                self._sample()
+
+        def after_backward(module: nn.Module) -> None:
+            if _is_unit(module):
+                offload.release_backward_leftovers()
+
+        offload.pre_sub_module_forward_function = before_forward
+        offload.pre_sub_module_backward_function = before_backward
+        offload.post_sub_module_backward_function = after_backward
+        # DeepSpeed learns the order of the units in one step to prefetch in the next. Reading, training and the bare
+        # model visit different units, each change throws the order away, and learning costs a broadcast per call.
+        offload.fwd_pre_hook.remove()
+
+    def _sample(self) -> None:
+        if self._peak is not None:
+            resident = self.resident_numel()
+            if torch._C._current_graph_task_id() == -1:
+                self._peak.forward_numel = max(self._peak.forward_numel, resident)
+            else:
+                self._peak.backward_numel = max(self._peak.backward_numel, resident)
+
+
+def load_backbone(
+    backbone: BackboneConfig, *, stage: int, micro_batch: int = 1, offload: Literal["none", "cpu"] = "none"
+) -> tuple[PreTrainedModel, Shards]:
+    """The frozen backbone on this worker's device, and this rank's share of it.
+
+    Stage 0 loads it whole. Stage 3 loads it split over the process group; without one it makes one of a single process.
+    Every rank must call this together, and from then on every rank must make the same sequence of calls to the model.
+
+    Raises DataError, IncompatibleError: as `cortex_core.backbone.load.load_backbone`.
+    """
+    if stage == 0:
+        model = load.load_backbone(backbone).to(_device())  # type: ignore[arg-type]
+        return model, Shards(model)
+    deepspeed = _quiet_deepspeed()
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    dtype = _weights_dtype(backbone)
+    config = _zero3(dtype, micro_batch, offload)
+    active = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference and shards while it is alive
+    try:
+        model = load.load_backbone(backbone.model_copy(update={"dtype": dtype}))
+    finally:
+        unset_hf_deepspeed_config()
+        del active
+    for layer in _decoder_layers(model):
+        deepspeed.utils.set_z3_leaf_module(layer, True)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return model.eval(), Shards(model, engine)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Keep the trainable parameters below `module` equal on all ranks; the frozen ones are not touched.
+
+    With one process (or no process group) the module itself. Otherwise DDP, with its defaults but one:
+    buffers are not broadcast at each forward, because what sidecars have of them is computed, equally, from the
+    configuration. `find_unused_parameters` stays off: it walks the graph of the whole backbone at every step to
+    forgive a sidecar that got no gradient, which is a fault that should be heard of. `static_graph` stays off: the
+    number of backbone calls changes from step to step. `gradient_as_bucket_view` stays off: sidecars are too small
+    for it to save anything.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return module
+    ignored = [n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if not any(p.requires_grad for p in part.parameters()):
+            ignored += [f"{prefix}.{n}" if prefix else n for n, _ in part.named_buffers(recurse=False)]
+    module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def _weights_dtype(backbone: BackboneConfig) -> str:
+    """What `auto` will be: memory for the shards is laid out before the checkpoint is read."""
+    if backbone.dtype != "auto":
+        return backbone.dtype
+    from transformers import AutoConfig
+
+    try:
+        described = AutoConfig.from_pretrained(load.resolve_name(backbone.name), revision=backbone.revision)
+    except (OSError, ValueError, KeyError):
+        return "float32"  # loading will refuse the same model, with a better message
+    return str(described.get_text_config().dtype or torch.float32).removeprefix("torch.")
+
+
+def _zero3(dtype: str, micro_batch: int, offload: str) -> dict[str, Any]:
+    stage_3: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,  # no weight stays gathered, however small
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    if offload == "cpu":
+        stage_3["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "steps_per_print": 2**31,
+        "zero_optimization": stage_3,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+
+
+def _quiet_deepspeed() -> Any:
+    """DeepSpeed, with a process group, without a compiler run and without its console output."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Each gather of torch 2.13 goes through a function that it deprecates.
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Compiled on first use (35 s) for a collective of inference kernels that is never called here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that a decoder keeps in lists: its layers, whatever the family calls them."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    return [layer for layers in lists for layer in layers]
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether weights are gathered for this module, rather than for those below it."""
+    return next(module.parameters(recurse=getattr(module, "_z3_leaf", False)), None) is not None
+
+
+def _aliases_shard(parameter: nn.Parameter) -> bool:
+    """Whether the parameter shows its own shard's memory: so it does in a group of one."""
+    shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return parameter.data_ptr() == shard.data_ptr()
+
+
+def _forward_stack() -> list[nn.Module]:
+    from deepspeed.runtime.zero import parameter_offload
+
+    return parameter_offload.FWD_MODULE_STACK
+
+
+def _device() -> torch.device:
+    """The device that Ray Train has chosen for this worker."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,40 @@
+"""Set-up of every test: quiet, offline, repeatable, and with the shapes in the core's signatures enforced."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch or ray are imported, and inherited by every process that a test starts.
+for name, value in {
+    "OMP_NUM_THREADS": "1",  # results do not depend on the number of cores, and workers do not fight over them
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # a test that needs the network is a test that fails on the next machine
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(name, value)
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Only the packages of tensors: beartype would also wrap pydantic classes, which check themselves.
+install_import_hook(
+    [f"cortex_core.{name}" for name in ("fast_weights", "backbone", "training", "eval")], "beartype.beartype"
+)
+
+# The same examples in every run: what fails for one fails for all. No deadline, because first calls import torch.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
