@@ -108,6 +108,8 @@ class TasksConfig(Settings):
     """What stands in the gap: real text, random tokens, or either."""
     num_pairs: Annotated[int, Field(ge=1, le=64)] = 6
     """Facts per key-value example."""
+    any_token_frac: Fraction = 0.5
+    """Share of key-value training examples whose keys and values are any tokens, not only words (never held-out words)."""
     num_queries: Annotated[int, Field(ge=1)] = 6
     """Questions per training example; evaluation asks one."""
 
@@ -117,9 +119,9 @@ class OptimizerConfig(Settings):
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak rate of the key and query maps."""
-    gate_learning_rate: Annotated[float, Field(gt=0.0)] = 6e-3
+    gate_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-2
     """Peak rate of the write gate and its controller."""
-    output_learning_rate: Annotated[float, Field(gt=0.0)] = 2e-2
+    output_learning_rate: Annotated[float, Field(gt=0.0)] = 6e-2
     """Peak rate of the output gate, which starts at exactly 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Moment decay rates of Adam."""
@@ -145,7 +147,8 @@ class TrainingConfig(Settings):
     max_segments: Annotated[int, Field(ge=2)] = 9
     """Longest training sequence, in segments."""
     short_frac: Fraction = 0.3
-    """Share of training, from its start, spent on two segments before the curriculum widens to `max_segments`."""
+    """Share of training, from its start, spent on two segments of a quarter and then half the window; afterwards segments
+    are whole and their number is drawn from 2 to `max_segments`."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
     in_window_batch_size: Annotated[int, Field(ge=0)] = 8

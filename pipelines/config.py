@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -30,10 +30,16 @@ from cortex_core.config import (
 from cortex_core.errors import ConfigError, DataError
 from pipelines.explain import explain, nearest, parse_text
 
+Overrides = Sequence[str] | Mapping[str, object]
+S = TypeVar("S", bound=Settings)
+
 RECIPES = Path(__file__).parent / "recipes"
 CONFIG_FILE = "config.toml"
 """The resolved configuration, written into every run folder; `cortex evaluate` reads it."""
 DATABASE_FILE = "mlflow.db"
+"""MLflow's store, in `out_dir`."""
+SIDECARS_FOLDER = "sidecars"
+"""What a run trained, in its folder once it has finished."""
 
 
 def _folder_name(name: str) -> str:
@@ -106,7 +112,7 @@ class RunConfig(Settings):
     """The frozen language model."""
     fast_weights: FastWeightsConfig = FastWeightsConfig()
     """The memory that is trained."""
-    corpus: CorpusConfig = CorpusConfig()
+    data: CorpusConfig = CorpusConfig()
     """Real text."""
     tasks: TasksConfig = TasksConfig()
     """What the memory is trained on."""
@@ -156,24 +162,17 @@ class RunConfig(Settings):
                 )
         return self
 
-    @model_validator(mode="after")
-    def block_holds_a_segment(self) -> RunConfig:
-        """Evaluation reads whole segments, so one backbone call must hold at least one."""
-        block, segment = self.evaluation.block_tokens, self.backbone.segment_tokens
-        if block < segment:
-            raise ValueError(
-                f"evaluation.block_tokens = {block} must be at least backbone.segment_tokens = {segment}: "
-                f"a call reads whole segments. Set evaluation.block_tokens to {segment} or more"
-            )
-        return self
+
+def load_config(recipe: str | Path | None = None, overrides: Overrides = ()) -> RunConfig:
+    """`resolve` for a run."""
+    return resolve(RunConfig, recipe, overrides)
 
 
-def load_config(
-    recipe: str | Path | None = None, overrides: Sequence[str] | Mapping[str, object] = ()
-) -> RunConfig:
-    """Resolve defaults, recipe and overrides.
+def resolve(model: type[S], recipe: str | Path | None = None, overrides: Overrides = ()) -> S:
+    """Resolve defaults, recipe and overrides to settings of the kind `model`.
 
     Args:
+        model: the class of settings.
         recipe: path of a TOML file, the bare name of one that ships (`demo`), or None for the defaults.
         overrides: `["fast_weights.rank=8", ...]` as typed, or `{"fast_weights.rank": 8, ...}` as values.
             Typed values are TOML literals; text needs no quotes, lists no brackets, and `null` unsets.
@@ -183,13 +182,13 @@ def load_config(
         DataError: the recipe cannot be read.
     """
     data = {} if recipe is None else _read_toml(find_recipe(recipe))
-    for name, value in _pairs(overrides):
+    for name, value in _pairs(model, overrides):
         _assign(data, name, value)
     try:
         # Strict, so that "8" and true are no integers; as JSON, where a list may still stand for a tuple.
-        return RunConfig.model_validate_json(json.dumps(data, default=_plain), strict=True)
+        return model.model_validate_json(json.dumps(data, default=_plain), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(RunConfig, error.errors(include_url=False), data))) from None
+        raise ConfigError("\n".join(explain(model, error.errors(include_url=False), data))) from None
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -244,7 +243,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _pairs(overrides: Sequence[str] | Mapping[str, object]) -> Iterable[tuple[str, object]]:
+def _pairs(model: type[Settings], overrides: Overrides) -> Iterable[tuple[str, object]]:
     if isinstance(overrides, Mapping):
         yield from overrides.items()
         return
@@ -252,7 +251,7 @@ def _pairs(overrides: Sequence[str] | Mapping[str, object]) -> Iterable[tuple[st
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"{text!r} is not an override: write name=value, such as training.steps=100")
-        yield name.strip(), parse_text(RunConfig, name.strip(), value.strip())
+        yield name.strip(), parse_text(model, name.strip(), value.strip())
 
 
 def _assign(data: dict[str, Any], name: str, value: object) -> None:

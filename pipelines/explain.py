@@ -57,8 +57,7 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
 def in_words(annotation: Any, metadata: Sequence[object] = ()) -> str:
     """What a value of this type has to be, for example `an integer, at least 1`."""
-    origin = get_origin(annotation)
-    args: tuple[Any, ...] = get_args(annotation)
+    origin, args = get_origin(annotation), list[Any](get_args(annotation))
     if origin is Annotated:
         return in_words(args[0], [*metadata, *_flat(args[1:])])
     if origin is Literal:
@@ -67,7 +66,7 @@ def in_words(annotation: Any, metadata: Sequence[object] = ()) -> str:
         return " or ".join("null" if arg is type(None) else in_words(arg, metadata) for arg in args)
     limits = ", ".join(filter(None, map(_limit, _flat(metadata))))
     if origin is tuple:
-        count = "" if args[1:] == (Ellipsis,) else f" of {len(args)}"
+        count = "" if args[1:] == [Ellipsis] else f" of {len(args)}"
         return f"a list{count}, each entry {in_words(args[0])}"
     words = KINDS.get(annotation, "a value")
     return f"{words}, {limits}" if limits and annotation is not str else words
@@ -81,14 +80,18 @@ def _flat(metadata: Iterable[object]) -> list[object]:
 def _limit(bound: object) -> str | None:
     match bound:
         case bounds.Ge(ge=x):
-            return f"at least {x:g}"
+            return f"at least {_number(x)}"
         case bounds.Gt(gt=x):
-            return f"above {x:g}"
+            return f"above {_number(x)}"
         case bounds.Le(le=x):
-            return f"at most {x:g}"
+            return f"at most {_number(x)}"
         case bounds.Lt(lt=x):
-            return f"below {x:g}"
+            return f"below {_number(x)}"
     return None
+
+
+def _number(x: Any) -> str:
+    return f"{x:g}" if isinstance(x, float) else str(x)
 
 
 def _model(field: FieldInfo | None) -> type[BaseModel] | None:
@@ -156,7 +159,9 @@ def explain(
             lines.setdefault(rule, f"{name}.{rule}" if name else rule)
         elif field is None or _model(field):
             keys = ", ".join((_model(field) or model).model_fields)
-            lines.setdefault(name, f"{name} = {show(error['input'])}: is a section; set one of its keys: {keys}")
+            lines.setdefault(
+                name, f"{name} = {show(error['input'])}: is a section; set one of its keys: {keys}"
+            )
         elif (
             kind != "too_short" or not error["input"]
         ):  # else: counts the valid entries, the others have lines
@@ -189,13 +194,13 @@ def _reason(error: Mapping[str, Any]) -> str | None:
     context = error.get("ctx", {})
     match error["type"]:
         case "greater_than_equal":
-            return f"must be at least {context['ge']:g}"
+            return f"must be at least {_number(context['ge'])}"
         case "greater_than":
-            return f"must be above {context['gt']:g}"
+            return f"must be above {_number(context['gt'])}"
         case "less_than_equal":
-            return f"must be at most {context['le']:g}"
+            return f"must be at most {_number(context['le'])}"
         case "less_than":
-            return f"must be below {context['lt']:g}"
+            return f"must be below {_number(context['lt'])}"
         case "finite_number":
             return "must be a finite number"
         case "too_short" | "string_too_short":
@@ -224,7 +229,10 @@ def _unknown(model: type[BaseModel], path: Sequence[object]) -> str:
     section = _model(field) if parents else model
     where = f"in section [{'.'.join(parents)}]" if parents else "at the top level"
     siblings = {name: ".".join([*parents, name]) for name in (section.model_fields if section else ())}
-    anywhere = {knob.name.rpartition(".")[2]: knob.name for knob in knobs(model)}
+    anywhere: dict[str, str] = {}
+    for knob in knobs(model):
+        leaf = knob.name.rpartition(".")[2]
+        anywhere[leaf] = f"{anywhere[leaf]} or {knob.name}" if leaf in anywhere else knob.name
     meant = anywhere.get(key) or siblings.get(nearest(key, siblings) or "")
     meant = meant or anywhere.get(nearest(key, anywhere) or "")
     hint = f"did you mean {meant}?" if meant else f"it has: {', '.join(siblings)}"

@@ -74,7 +74,7 @@ def reach_curves(
     columns = 1 if wide else 2
     with matplotlib.rc_context(STYLE):
         figure, grid = _panels(math.ceil(len(tasks) / columns), columns, panel_in=3.2 if wide else 2.4,
-                               top_in=0.66, right_in=1.52 if wide else 0.95)  # fmt: skip
+                               top_in=0.66, right_in=1.52 if wide else 1.05)  # fmt: skip
         for place, task in enumerate(tasks):
             axes = figure.add_subplot(grid[place // columns, place % columns])
             part = [row for row in rows if row["task"] == task]
@@ -93,7 +93,8 @@ def _reach_panel(
     """Curves, intervals, the window and the chance line of one task, at positions log2(gap)."""
     gaps = sorted({int(row["gap_tokens"]) for row in rows})
     edge = [math.log2(window)] if window else []
-    slot = min([math.log2(gap) for gap in gaps if gap > 0] + edge, default=1.0) - 1.0
+    marks = [math.log2(gap) for gap in gaps if gap > 0] + edge or [1.0]
+    slot = min(marks) - max(1.0, (max(marks) - min(marks)) * (0.12 if wide else 0.2))  # room for its name
 
     def place(gap: int) -> float:
         return math.log2(gap) if gap > 0 else slot
@@ -208,12 +209,14 @@ def gate_usage(usage: Sequence[Row]) -> Figure:
         figure, grid = _panels(1, 1, panel_in=height - 1.08, top_in=0.5, right_in=2.5, left_in=2.0)
         axes = figure.add_subplot(grid[0, 0])
         beside = axes.get_yaxis_transform()
+        names = []
         for y, row in enumerate(usage):
+            where = [str(row[key]) for key in ("task", "filler") if row.get(key)]
+            names.append(_literal(", ".join([f"layer {row['layer']}", *where])))
             spots = [float(row[key]) for key, *_ in columns[:2] if _finite(row.get(key))]
             axes.plot(spots, [y] * len(spots), color=HAIRLINE, linewidth=5, zorder=1)
             for key, name, color, x in columns:
-                value = row.get(key)
-                if not _finite(value):
+                if not _finite(value := row.get(key)):
                     continue
                 shown = percent(value, 2) if key == "write_frac" else f"{value:.4f}"
                 axes.text(x, y, shown, color=color, ha="right", va="center", transform=beside)
@@ -221,16 +224,13 @@ def gate_usage(usage: Sequence[Row]) -> Figure:
                     axes.plot([value], [y], "o", color=color, markersize=7, label=name, clip_on=False)
         for _, name, color, x in columns:
             axes.text(x, -1, name, color=color, ha="right", va="center", transform=beside)
-        names = [", ".join(f"layer {row[key]}" if key == "layer" else str(row[key])
-                           for key in ("layer", "task", "filler") if row.get(key) is not None)
-                 for row in usage]  # fmt: skip
-        axes.set_yticks(range(len(usage)), [_literal(name) for name in names])
+        axes.set_yticks(range(len(names)), names)
         axes.set_ylim(max(len(usage), 1) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.set_xlabel("mean write strength: 0 writes nothing, 1 replaces")
         axes.tick_params(axis="y", pad=9)
         _plain(axes, grid="x")
-        _title(axes, "Where the write gate opens", above=16)
+        _title(axes, "Write strength", "on facts and on filler", above=16)
     return figure
 
 
@@ -277,13 +277,13 @@ def _plain(axes: Axes, *, grid: Literal["x", "y"]) -> None:
 
 def _sample_note(rows: list[Row]) -> str:
     """What stands behind one point of the curves."""
-    counts = sorted({int(row["n"]) for row in rows})
-    span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    counts = sorted({row["n"] for row in rows})
+    span = " to ".join(f"{n:,}" for n in counts[:1] + counts[1:][-1:])
     return f"accuracy; {span} examples per point, bands are 95 % intervals"
 
 
 def _literal(text: str) -> str:
-    """Text that matplotlib draws as it is: a dollar sign would otherwise start a formula."""
+    """Text that matplotlib draws as it is: a dollar sign would start a formula."""
     return text.replace("$", r"\$")
 
 

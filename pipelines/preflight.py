@@ -31,9 +31,9 @@ def check(config: RunConfig) -> None:
         IncompatibleError: the backbone cannot be used.
     """
     check_out_dir(config)
+    check_against_machine(config)
     check_corpus(config)
     check_against_backbone(config)
-    check_against_machine(config)
 
 
 def check_out_dir(config: RunConfig) -> None:
@@ -47,10 +47,10 @@ def check_out_dir(config: RunConfig) -> None:
 
 def check_corpus(config: RunConfig) -> None:
     """The path exists and holds a kind of file that is read."""
-    if config.corpus.path is None:
+    if config.data.path is None:
         return
-    path, kinds = Path(config.corpus.path), ", ".join(CORPUS_SUFFIXES)
-    what = f'corpus.path = "{config.corpus.path}"'
+    path, kinds = Path(config.data.path), ", ".join(CORPUS_SUFFIXES)
+    what = f'data.path = "{config.data.path}"'
     if not path.exists():
         raise DataError(
             f"{what}: no such file or folder. Give a file or a folder of them ({kinds}), or leave it out to "
@@ -65,7 +65,7 @@ def check_corpus(config: RunConfig) -> None:
 def check_against_machine(config: RunConfig) -> None:
     """Ray would wait for resources that a cluster on this machine alone can never have."""
     cluster, cpus = config.cluster, len(os.sched_getaffinity(0))
-    if cluster.address is not None or cluster.num_workers == 0:
+    if cluster.num_workers == 0 or (cluster.address or os.environ.get("RAY_ADDRESS")):
         return
     needed = cluster.num_workers * cluster.cpus_per_worker
     if needed > cpus:

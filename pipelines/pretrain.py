@@ -28,7 +28,7 @@ Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train (or resume), score, export. Returns the exit code; wrong input raises one of the core's errors."""
+    """Parse, train (or resume), score, export. Returns the exit code; wrong input raises a core error."""
     given = _parser().parse_args(argv)
     config = load_pretrain_config(given.recipe, given.overrides)
     pretrain(config, Path(given.out), Path(given.checkpoint) if given.checkpoint else None)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_pretrain_config(recipe: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Recipe, then dotted overrides. Raises ConfigError with one line per wrong setting, DataError without the recipe."""
+    """Recipe, then dotted overrides. Raises ConfigError, a line per wrong setting, or DataError."""
     path = find_recipe(recipe)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def load_pretrain_config(recipe: str, overrides: Sequence[str] = ()) -> Pretrain
 
 
 def pretrain(config: PretrainConfig, out: Path, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Run to the last step, resuming from `checkpoint` if it holds one; export to `out`. Returns the scores."""
+    """Run to the last step, resuming from `checkpoint` if it holds one; export to `out`; the scores."""
     # Imported here: --help and a wrong value are answered without torch.
     import torch
     from rich.console import Console
@@ -63,7 +63,9 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path | None = None) 
     from cortex_core.training.pretrain import STATE, Pretraining
     from cortex_core.training.pretrain_export import export, measure
 
-    torch.set_num_threads(1)  # as in the recipe's claim, and so that sums are taken in the same order every time
+    torch.set_num_threads(
+        1
+    )  # as in the recipe's claim, and so that sums are taken in the same order every time
     checkpoint = checkpoint or out.with_name(f"{out.name}-checkpoint")
     console = Console()
     run = Pretraining.start(config)
@@ -79,11 +81,16 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path | None = None) 
             if run.step % config.checkpoint_every_steps == 0 or run.step == config.steps:
                 run.save(checkpoint)
         bar = progress.add_task("scoring", total=None)
-        scores = measure(run, config.score_examples, lambda what: progress.update(bar, description=f"scoring {what}"))
+        scores = measure(
+            run, config.score_examples, lambda what: progress.update(bar, description=f"scoring {what}")
+        )
     export(run, scores, out)
     console.print(f"{out}: {scores['text']['bits_per_byte']:.3f} bits per byte on held-out text")
     for row in scores["tasks"]:
-        console.print(f"  {row['task']}, {row['filler']} filler, {row['words']} words: {row['accuracy']:.3f} (n = {row['n']})")
+        console.print(
+            f"  {row['task']}, {row['filler']} filler, {row['words']} words: "
+            f"{row['accuracy']:.3f} (n = {row['n']})"
+        )
     return scores
 
 
@@ -114,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of one that ships")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ this time")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ this time"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the model goes")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="where it resumes from [FOLDER-checkpoint beside --out]")
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", help="where it resumes from [FOLDER-checkpoint beside --out]"
+    )
     return parser

@@ -1,7 +1,8 @@
 """The result of an evaluation as files: numbers to compute with, pictures, and one page to read.
 
-`evaluation.json` is the result; everything else is drawn from it. Its form is `Evaluation` below. Unknown keys are
-kept, so that a newer version may add to it; a change that an older reader would misunderstand raises `SCHEMA`.
+`evaluation.json` is the result, in the form of `Evaluation` below; everything else is drawn from it. Unknown
+keys are kept, so that a later version may add some; a change that an older reader would misunderstand raises
+`SCHEMA`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from cortex_core.config import Fraction, NonNegative, PositiveInt
 from cortex_core.errors import DataError
-from pipelines.pictures import gate_usage, image_bytes, percent, reach_curves, training_curves
+from pipelines.pictures import Row, gate_usage, image_bytes, percent, reach_curves, training_curves
 from pipelines.report_page import conditions, findings, interval, page
 
 SCHEMA = 1
@@ -58,7 +59,7 @@ class Score(_Open):
 
 
 class Drift(_Open):
-    """What the memory costs on ordinary text: perplexity on held-out text, their ratio on / off, and its interval."""
+    """What the memory costs on held-out text: perplexity on and off, and their ratio with its interval."""
 
     perplexity_off: NonNegative | None = None
     perplexity_on: NonNegative | None = None
@@ -71,7 +72,7 @@ class Drift(_Open):
 
 
 class GateUse(_Open):
-    """Where the gate of one layer opens: share of tokens written, and mean write strength on facts and filler."""
+    """Where one layer's gate opens: share of tokens written, mean write strength on facts and on filler."""
 
     layer: Count
     task: str | None = None
@@ -129,7 +130,7 @@ def load_evaluation(path: Path | str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: no evaluation there. Run `cortex evaluate` on the run folder first") from None
+        raise DataError(f"{path}: no evaluation there. Run `cortex evaluate` on its run folder") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None
     except (ValueError, RecursionError) as error:
@@ -142,14 +143,14 @@ def load_evaluation(path: Path | str) -> dict[str, Any]:
 
 
 def write_report(
-    evaluation: Mapping[str, Any], out_dir: Path | str, history: Sequence[Mapping[str, Any]] | None = None
+    evaluation: Mapping[str, Any], out_dir: Path | str, history: Sequence[Row] | None = None
 ) -> dict[str, Path]:
     """Writes the report of an evaluation into `out_dir` and returns its files by name.
 
-    `evaluation.json`, `.csv`, `.parquet`, `reach.png` and `report.html` always; `usage.png` and `training.png` where
-    there is something to draw. Everything is made in a folder of its own and then renamed, the JSON last: after
-    an error the files of an earlier report stand as they were. `history` rows are described at
-    `pictures.training_curves`.
+    Always `evaluation.json`, `.csv`, `.parquet`, `reach.png`, `report.html`; `usage.png` and `training.png`
+    where there is something to draw. All are made in a folder of their own and then renamed, the JSON last:
+    after an error the files of an earlier report stand as they were. `history` is the training history, in
+    the form that `pictures.training_curves` describes.
 
     Raises:
         DataError: `evaluation` is not of the form `Evaluation`; nothing is written.
@@ -177,9 +178,8 @@ _FILES = ("report.html", "reach.png", "usage.png", "training.png",
 def _make(document: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
     """Every file of the report, in `folder`."""
     rows = document["rows"]
-    figures = {
-        "reach": reach_curves(rows, window_tokens=document.get("window_tokens"), chance=document.get("chance"))
-    }
+    window, chance = document.get("window_tokens"), document.get("chance")
+    figures = {"reach": reach_curves(rows, window_tokens=window, chance=chance)}
     if document.get("usage"):
         figures["usage"] = gate_usage(document["usage"])
     if history:
@@ -188,8 +188,7 @@ def _make(document: dict[str, Any], history: list[dict[str, Any]], folder: Path)
         (folder / f"{name}.png").write_bytes(image_bytes(figure))
     (folder / "report.html").write_text(page(document, figures), encoding="utf-8")
     frame = pd.DataFrame(rows)
-    columns = [name for name in Score.model_fields] + [c for c in frame.columns if c not in Score.model_fields]
-    frame = frame[columns]
+    frame = frame[[*Score.model_fields, *(name for name in frame.columns if name not in Score.model_fields)]]
     frame.to_csv(folder / "evaluation.csv", index=False)
     frame.to_parquet(folder / "evaluation.parquet", index=False)
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
@@ -197,10 +196,11 @@ def _make(document: dict[str, Any], history: list[dict[str, Any]], folder: Path)
 
 
 def print_summary(evaluation: Mapping[str, Any], console: Console | None = None) -> None:
-    """Accuracy by gap, a table per task and filler, and one line per headline; plain ASCII, 80 columns suffice."""
+    """Accuracy by gap, a table per task and filler, and one line per headline; 80 columns suffice."""
     console = console or Console()
     for (task, filler), gaps in conditions(evaluation["rows"]).items():
-        table = Table(box=SIMPLE_HEAD, title=Text(f"{task}, filler: {filler}", style="bold"), title_justify="left")
+        console.print(Text(f"{task}, filler: {filler}", style="bold"))
+        table = Table(box=SIMPLE_HEAD)
         for name in ("gap, tokens", "memory on", "95 % interval", "memory off", "95 % interval"):
             table.add_column(name, justify="right", no_wrap=True, min_width=12)
         for gap, pair in gaps.items():
@@ -211,15 +211,16 @@ def print_summary(evaluation: Mapping[str, Any], console: Console | None = None)
             table.add_row(f"{gap:,}" if gap else "in window", Text(on[0], style="bold"), on[1], *off)
         console.print(table)
     lines = Table.grid(padding=(0, 2))
-    for name, value, note in findings(evaluation):
-        lines.add_row(Text(name), Text(value, style="bold"), Text(note, style="dim"))
+    for name, value, notes in findings(evaluation):
+        lines.add_row(Text(name), Text(value, style="bold"), Text(notes[0] if notes else "", style="dim"))
     console.print(lines)
 
 
 def _check(document: Any, origin: str) -> None:
-    """Raises DataError, in one line that names the first wrong value, unless `document` is an `Evaluation`."""
+    """Raises DataError, one line that names the first wrong value, unless `document` is an `Evaluation`."""
     if not isinstance(document, dict):
-        raise DataError(f"{origin}: holds {type(document).__name__}, not an evaluation. Run `cortex evaluate` again")
+        kind = type(document).__name__
+        raise DataError(f"{origin}: a JSON object is expected, got {kind}. Run `cortex evaluate` again")
     if document.get("schema") != SCHEMA:
         raise DataError(
             f"{origin}: schema = {document.get('schema')!r}, this version reads {SCHEMA}. "
@@ -234,12 +235,12 @@ def _check(document: Any, origin: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of `value` in JSON's own types: no numpy, no tuples; what is not finite has no value, so None."""
+    """`value` in JSON's own types: no numpy, no tuples; a number that is not finite becomes None."""
     match value:
         case Mapping():
             return {str(key): _plain(item) for key, item in value.items()}
-        case str():
-            return value.encode("utf-8", "replace").decode()  # JSON may hold halves of characters; files may not
+        case str():  # JSON may hold half a surrogate pair, a UTF-8 file may not
+            return value.encode("utf-8", "replace").decode()
         case list() | tuple() | set() | frozenset():
             return [_plain(item) for item in value]
         case np.ndarray() | np.generic():

@@ -1,10 +1,11 @@
 """Lays the frozen backbone out over the workers: whole on each (stage 0), or split between them (stage 3).
 
-DeepSpeed ZeRO-3 holds the frozen weights and nothing else: no optimizer, no engine step, no ZeRO checkpoint. The sidecars
-stay ordinary parameters, kept in step by DDP (`replicate`). Weights travel one unit at a time: a decoder layer, or one of
-the few modules outside the layers (embedding, last norm, head). A whole layer, because it is one gather instead of a
-dozen, and because ranks whose tokens take different paths through a layer (mixtures of experts) would otherwise wait for
-each other for ever. Do not register sidecars below a decoder layer: they would count as part of its unit.
+DeepSpeed ZeRO-3 holds the frozen weights and nothing else: no optimizer, no engine step, no ZeRO checkpoint.
+The sidecars stay ordinary parameters, kept in step by DDP (`replicate`). Weights travel one unit at a time: a
+decoder layer, or one of the few modules outside the layers (embedding, last norm, head). A whole layer,
+because it is one gather instead of a dozen, and because ranks whose tokens take different paths through a
+layer (mixtures of experts) would otherwise wait for each other for ever. Do not register sidecars below a
+decoder layer: they would count as part of its unit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cortex_core.backbone import load
 from cortex_core.config import BackboneConfig
+from cortex_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Peak:
-    """Most frozen elements that were resident on this rank at once: its shard and what was gathered from others."""
+    """Most frozen elements that were resident on this rank at once: its shard, and what was gathered."""
 
     forward_numel: int = 0
     backward_numel: int = 0
@@ -54,7 +56,7 @@ class Shards:
         self.total_numel = sum(getattr(p, "ds_numel", p.numel()) for p in self._parameters)
         """Elements of the whole backbone."""
         self.owned_numel = sum(getattr(p, "ds_tensor", p).numel() for p in self._parameters)
-        """Elements that rest on this rank. The parts of a split tensor are equally long, so the last may be padded."""
+        """Elements that rest on this rank, padding included: the parts of a tensor are equally long."""
         if self._offload is not None:
             self._depth = len(_forward_stack())
             self._one_unit_at_a_time(self._offload)
@@ -84,7 +86,7 @@ class Shards:
             self._peak = None
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        """Makes a parameter whole for reading. Every rank must enter together. Without shards it does nothing."""
+        """Makes a parameter whole for reading; every rank enters together. Without shards it does nothing."""
         if not hasattr(parameter, "ds_id"):
             return nullcontext()
         import deepspeed
@@ -94,12 +96,13 @@ class Shards:
     def _one_unit_at_a_time(self, offload: Any) -> None:
         """In the backward pass, let everything go before a unit is gathered.
 
-        DeepSpeed counts the gradients that a module still owes, but starts from zero at each forward call: when the
-        backbone is called again before the backward pass, with gradients or without, only the last call's weights are
-        let go and the rest pile up, up to the whole model. Units run backward strictly one after the other, so no
-        count is needed.
+        DeepSpeed counts the gradients that a module still owes, but starts from zero at each forward call:
+        when the backbone is called again before the backward pass, with gradients or without, only the last
+        call's weights are let go and the rest pile up, up to the whole model. Units run backward strictly one
+        after the other, so no count is needed.
         """
-        fetch_forward, fetch_backward = offload.pre_sub_module_forward_function, offload.pre_sub_module_backward_function
+        fetch_forward = offload.pre_sub_module_forward_function
+        fetch_backward = offload.pre_sub_module_backward_function
 
         def before_forward(module: nn.Module) -> None:
             fetch_forward(module)
@@ -118,8 +121,9 @@ class Shards:
         offload.pre_sub_module_forward_function = before_forward
         offload.pre_sub_module_backward_function = before_backward
         offload.post_sub_module_backward_function = after_backward
-        # DeepSpeed learns the order of the units in one step to prefetch in the next. Reading, training and the bare
-        # model visit different units, each change throws the order away, and learning costs a broadcast per call.
+        # DeepSpeed learns the order of the units in one step to prefetch in the next. Reading, training and
+        # the bare model visit different units, each change throws the order away, and learning costs a
+        # broadcast per call.
         offload.fwd_pre_hook.remove()
 
     def _sample(self) -> None:
@@ -136,22 +140,31 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, Shards]:
     """The frozen backbone on this worker's device, and this rank's share of it.
 
-    Stage 0 loads it whole. Stage 3 loads it split over the process group; without one it makes one of a single process.
-    Every rank must call this together, and from then on every rank must make the same sequence of calls to the model.
+    Stage 0 loads it whole. Stage 3 loads it split over the process group; without one it makes one of a
+    single process. Every rank must call this together, and from then on every rank must make the same
+    sequence of calls to the model.
 
-    Raises DataError, IncompatibleError: as `cortex_core.backbone.load.load_backbone`.
+    Raises DataError, IncompatibleError: as `cortex_core.backbone.load.load_backbone`; ConfigError: a type
+    that this machine cannot compute in.
     """
     if stage == 0:
-        model = load.load_backbone(backbone).to(_device())  # type: ignore[arg-type]
+        with _no_progress_bars():
+            model = load.load_backbone(backbone).to(_device())  # type: ignore[arg-type]
         return model, Shards(model)
     deepspeed = _quiet_deepspeed()
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     dtype = _weights_dtype(backbone)
+    if dtype == "float16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            "backbone.dtype = float16: sharded weights of this type need a GPU. "
+            "Set backbone.dtype=bfloat16 (or float32), or sharding.stage=0"
+        )
     config = _zero3(dtype, micro_batch, offload)
-    active = HfDeepSpeedConfig(config)  # transformers holds it by a weak reference and shards while it is alive
+    active = HfDeepSpeedConfig(config)  # transformers shards while this is alive
     try:
-        model = load.load_backbone(backbone.model_copy(update={"dtype": dtype}))
+        with _no_progress_bars():
+            model = load.load_backbone(backbone.model_copy(update={"dtype": dtype}))
     finally:
         unset_hf_deepspeed_config()
         del active
@@ -165,11 +178,11 @@ def replicate(module: nn.Module) -> nn.Module:
     """Keep the trainable parameters below `module` equal on all ranks; the frozen ones are not touched.
 
     With one process (or no process group) the module itself. Otherwise DDP, with its defaults but one:
-    buffers are not broadcast at each forward, because what sidecars have of them is computed, equally, from the
-    configuration. `find_unused_parameters` stays off: it walks the graph of the whole backbone at every step to
-    forgive a sidecar that got no gradient, which is a fault that should be heard of. `static_graph` stays off: the
-    number of backbone calls changes from step to step. `gradient_as_bucket_view` stays off: sidecars are too small
-    for it to save anything.
+    buffers are broadcast once, at the start, not at every forward, for sidecars do not change theirs while
+    they run. `find_unused_parameters` stays off: it walks the graph of the whole backbone at every step to
+    forgive a sidecar that got no gradient, which is a fault that should be heard of. `static_graph` stays
+    off: the number of backbone calls changes from step to step. `gradient_as_bucket_view` stays off: sidecars
+    are too small for it to save anything.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return module
@@ -178,7 +191,7 @@ def replicate(module: nn.Module) -> nn.Module:
         if not any(p.requires_grad for p in part.parameters()):
             ignored += [f"{prefix}.{n}" if prefix else n for n, _ in part.named_buffers(recurse=False)]
     module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    return DistributedDataParallel(module, forward_sync_buffers=False)
 
 
 def _weights_dtype(backbone: BackboneConfig) -> str:
@@ -214,21 +227,36 @@ def _zero3(dtype: str, micro_batch: int, offload: str) -> dict[str, Any]:
 
 def _quiet_deepspeed() -> Any:
     """DeepSpeed, with a process group, without a compiler run and without its console output."""
-    if not torch.cuda.is_available():
+    if _device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Each gather of torch 2.13 goes through a function that it deprecates.
-    warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
+    deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor)"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Compiled on first use (35 s) for a collective of inference kernels that is never called here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
+        backend = "gloo" if _device().type == "cpu" else "nccl"
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks nowhere else; Ray Train sets it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -255,5 +283,6 @@ def _forward_stack() -> list[nn.Module]:
 
 
 def _device() -> torch.device:
-    """The device that Ray Train has chosen for this worker."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Where this worker computes: on the device that Ray Train has chosen, if the workers talk over NCCL."""
+    gpu = "nccl" in dist.get_backend() if dist.is_initialized() else torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Set-up of every test: quiet, offline, repeatable, and with the shapes in the core's signatures enforced."""
+"""Set-up of every test: quiet, offline, repeatable, with the shapes in the core's signatures enforced."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# ruff: noqa: E402
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook

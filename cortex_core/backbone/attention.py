@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -21,10 +22,28 @@ PREFIX = "cortex_"
 WRAPPED = ("sdpa", "eager", "flash_attention_2")
 
 
+class Rotation(NamedTuple):
+    """Rotary position embedding of some tokens: cos and sin [rows, tokens, rotated dimensions]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Queries or keys [rows, heads, tokens, head_dim] as they were before it; dimensions beyond it are kept."""
+        width = self.cos.shape[-1]
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        turned, kept = x[..., :width], x[..., width:]
+        scale = cos.square() + sin.square()  # not 1 where a family stretches attention with its positions
+        first, second = turned.chunk(2, dim=-1)
+        turned = (turned * cos - torch.cat([-second, first], dim=-1) * sin) / scale
+        return torch.cat([turned, kept], dim=-1)
+
+
+@runtime_checkable
 class AttentionPass(Protocol):
     """Something that wants to see, and may add to, every attention call of one forward pass."""
 
-    def before(self, module: nn.Module, hidden: Tensor) -> None:
+    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
         """The attention module is about to run on `hidden` [rows, tokens, hidden]."""
 
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
@@ -45,16 +64,39 @@ def attention_pass(observer: AttentionPass | None) -> Iterator[None]:
         _active.reset(token)
 
 
-def active_pass() -> AttentionPass | None:
-    """The pass that attention calls of this context report to."""
-    return _active.get()
+def same_pass_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For activation checkpointing: recomputation reports to the pass that the first computation reported to."""
+    return nullcontext(), attention_pass(_active.get())
 
 
 def capture_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: its input, which the attention function itself is not given."""
+    """Forward pre-hook of an attention module: its input, and its rotary embedding where the family hands it in. The
+    attention function itself is given neither."""
     observer = _active.get()
     if observer is not None:
-        observer.before(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        rotation = kwargs.get("position_embeddings")
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        observer.before(module, hidden, None if rotation is None else Rotation(*rotation))
+
+
+_wanted: ContextVar[Tensor | None] = ContextVar("cortex_wanted_positions", default=None)
+
+
+@contextmanager
+def only_at(positions: Tensor | None) -> Iterator[None]:
+    """Within it, the language-model head computes logits [1, wanted, vocab] for the positions of a bool mask
+    [rows, tokens] alone, in its order; None is every position. A head is often most of a small model."""
+    token = _wanted.set(positions)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def select_positions(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook of the language-model head."""
+    positions = _wanted.get()
+    return None if positions is None else (args[0][positions][None], *args[1:])
 
 
 def _wrap(name: str):  # noqa: ANN202

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cortex_core.backbone import sidecar_files
 from cortex_core.backbone.attach import chosen_layers, find_ports, first_layers
-from cortex_core.backbone.attention import attention_pass, capture_hidden
+from cortex_core.backbone.attention import attention_pass, capture_hidden, same_pass_again, select_positions
 from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.generate import generate
 from cortex_core.backbone.load import load_backbone
@@ -57,6 +57,7 @@ class Cortex(nn.Module):
         modules = {ports[n].module: (n, self.sidecars[str(n)]) for n in layers}
         for module in modules:
             module.register_forward_pre_hook(capture_hidden, with_kwargs=True)
+        backbone.get_output_embeddings().register_forward_pre_hook(select_positions)
         # Plain attributes inside a tuple: not registered as submodules a second time.
         self._ports: tuple[Mapping[nn.Module, tuple[int, Any]], ...] = (modules,)
         self._reader = (first_layers(backbone, ports[layers[-1]].module),)
@@ -118,6 +119,13 @@ class Cortex(nn.Module):
             yield self
         finally:
             self._memory_on = before
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "context_fn": same_pass_again})
+        for module in self.backbone.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # of the layer alone: its dropouts stay off
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from cortex_core.backbone.attention import Rotation
 from cortex_core.backbone.segments import Layout
 from cortex_core.fast_weights.sidecar import LayerTokens, Reading, Sidecar
 from cortex_core.fast_weights.state import FastWeights
@@ -31,17 +32,17 @@ class MemoryPass:
     final: States = field(default_factory=dict)
     snapshots: States = field(default_factory=dict)
     readings: dict[int, Reading] = field(default_factory=dict)
-    _hidden: dict[nn.Module, Tensor] = field(default_factory=dict)
+    _inputs: dict[nn.Module, tuple[Tensor, Rotation | None]] = field(default_factory=dict)
 
-    def before(self, module: nn.Module, hidden: Tensor) -> None:
+    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
         if module in self.sidecars:
-            self._hidden[module] = hidden
+            self._inputs[module] = hidden, rotation
 
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         if module not in self.sidecars:
             return attended
         layer, sidecar = self.sidecars[module]
-        tokens = self._tokens(self._hidden.pop(module), q, k, v, attended)
+        tokens = self._tokens(*self._inputs.pop(module), q, k, v, attended)
         reading = self._read(layer, sidecar, tokens)
         self.readings[layer] = reading
         self.final[layer] = reading.final_state
@@ -56,13 +57,19 @@ class MemoryPass:
         )
         return reading
 
-    def _tokens(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> LayerTokens:
+    def _tokens(
+        self, hidden: Tensor, rotation: Rotation | None, q: Tensor, k: Tensor, v: Tensor, attended: Tensor
+    ) -> LayerTokens:
         new = q.shape[2]  # with a cache, k and v begin with the tokens of earlier calls
+        k, v = k[:, :, -new:], v[:, :, -new:]
+        if rotation is not None:
+            # A fact and the question about it stand anywhere in their segments: positions must not tell them apart.
+            q, k = rotation.undo(q), rotation.undo(k)
         heads = q.shape[1] // k.shape[1]
         layout = self.layout
         of_heads = [
             layout.to_sequences(x.transpose(1, 2)).transpose(1, 2)
-            for x in (q, _for_queries(k[:, :, -new:], heads), _for_queries(v[:, :, -new:], heads))
+            for x in (q, _for_queries(k, heads), _for_queries(v, heads))
         ]
         return LayerTokens(
             layout.to_sequences(hidden),
@@ -80,11 +87,11 @@ class GenerationPass(MemoryPass):
 
     chunk_size: int = 1
 
-    def before(self, module: nn.Module, hidden: Tensor) -> None:
+    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
         first = next(iter(self.sidecars))
         if module is first and self.final:
             self._advance(hidden)
-        super().before(module, hidden)
+        super().before(module, hidden, rotation)
 
     def _advance(self, hidden: Tensor) -> None:
         """A new call begins: the next token of every row."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cortex_core.backbone.attention import attention_pass
+from cortex_core.backbone.attention import attention_pass, only_at
 from cortex_core.backbone.passes import MemoryPass, States
 from cortex_core.backbone.segments import Layout, Rows
 from cortex_core.backbone.session import Session
@@ -27,20 +27,27 @@ def read_segments(
     layout: Layout,
     states: States,
     *,
-    predict: bool,
+    predict: bool | Bool[Tensor, "batch segments width"],
     snapshot_chunk: Int[Tensor, " batch"] | None = None,
-) -> tuple[Float[Tensor, "batch tokens vocab"] | None, MemoryPass]:
-    """One backbone call over all segments of all rows. Without `predict` only the layers up to the last memory run."""
+) -> tuple[Tensor | None, MemoryPass]:
+    """One backbone call over all segments of all rows.
+
+    `predict` says where logits are wanted: everywhere ([batch, tokens, vocab]), at the positions of a mask ([wanted, vocab])
+    or nowhere (None), in which case only the layers up to the last memory run.
+    """
     batch, segments, width = input_ids.shape
     flat = input_ids.reshape(batch * segments, width)
-    memory = model.listen(layout, states, snapshot_chunk=snapshot_chunk, read_last=predict)
+    nowhere = predict is False
+    memory = model.listen(layout, states, snapshot_chunk=snapshot_chunk, read_last=not nowhere)
     mask = None if bool(layout.valid.all()) else layout.valid.long()
     with attention_pass(memory):
-        if not predict:
+        if nowhere:
             model.reader(input_ids=flat, attention_mask=mask, use_cache=False)
             return None, memory
-        logits = model.backbone(input_ids=flat, attention_mask=mask, use_cache=False).logits
-    return logits.view(batch, segments * width, -1), memory
+        wanted = predict.reshape(flat.shape) if isinstance(predict, Tensor) else None
+        with only_at(wanted):
+            logits = model.backbone(input_ids=flat, attention_mask=mask, use_cache=False).logits
+    return logits[0] if wanted is not None else logits.view(batch, segments * width, -1), memory
 
 
 def advance(

@@ -67,6 +67,18 @@ class Layout(NamedTuple):
     """Tokens read before the first token of each sequence: its position in the session."""
     reward: Float[Tensor, "flat width"]
 
+    @classmethod
+    def plain(cls, input_ids: Int[Tensor, "batch segments width"], start: int) -> Layout:
+        """Whole segments without padding or reward, after `start` tokens."""
+        batch, segments, width = input_ids.shape
+        flat, device = (batch * segments, width), input_ids.device
+        return cls(
+            segments,
+            torch.ones(flat, dtype=torch.bool, device=device),
+            torch.full((batch,), start, dtype=torch.long, device=device),
+            torch.zeros(flat, device=device),
+        )
+
     def to_sequences(self, x: Tensor) -> Tensor:
         """[flat, width, ...] to [batch, segments * width, ...], padding on the left moved to the right."""
         index = self._left_aligned(1)

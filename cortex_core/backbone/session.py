@@ -116,7 +116,9 @@ def _check_identity(path: str | Path, found: str, expected: dict[str, str]) -> N
 
 
 def _check_tensors(path: str | Path, tensors: dict[str, Tensor], like: Session, segment_tokens: int) -> None:
-    batch = len(tensors.get("start_tokens", ()))
+    if "start_tokens" not in tensors:
+        raise DataError(f"session file {path}: start_tokens is missing; it is damaged, start a new session")
+    batch = len(tensors["start_tokens"])
     open_tokens = tensors["open.input_ids"].shape[-1] if "open.input_ids" in tensors else 0
     expected = {f"layer.{layer}.up": ((batch, *s.up.shape[1:]), s.up.dtype) for layer, s in like.states.items()}
     expected |= {

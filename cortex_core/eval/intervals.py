@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 
 class Interval(NamedTuple):
-    """A point estimate with its confidence bounds: low <= value <= high, all in the unit of the value."""
+    """Confidence bounds around a point estimate: low <= value <= high, all in the unit of the value."""
 
-    value: float
     low: float
     high: float
+    value: float
 
 
 def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
@@ -41,11 +41,9 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     shrink = 1 + z * z / n
     # Exact arithmetic keeps share and limits in order; rounding may miss by one unit in the last place.
-    return Interval(
-        share,
-        max(0.0, min(share, (centre - reach) / shrink)),
-        min(1.0, max(share, (centre + reach) / shrink)),
-    )
+    low = max(0.0, min(share, (centre - reach) / shrink))
+    high = min(1.0, max(share, (centre + reach) / shrink))
+    return Interval(low, high, share)
 
 
 def mean_interval(
@@ -71,9 +69,9 @@ def mean_interval(
     mean = float(sample.mean())
     quantile = _student_quantile(sample.size - 1, confidence)
     if sample.size == 1:
-        return Interval(mean, lowest, highest)
+        return Interval(lowest, highest, mean)
     half = quantile * float(sample.std(ddof=1)) / math.sqrt(sample.size)
-    return Interval(mean, max(lowest, mean - half), min(highest, mean + half))
+    return Interval(max(lowest, mean - half), min(highest, mean + half), mean)
 
 
 def paired_difference(
@@ -104,7 +102,7 @@ def paired_difference(
     difference = (only_first - only_second) / n
     below = _root(one.value - one.low, two.high - two.value, phi)
     above = _root(one.high - one.value, two.value - two.low, phi)
-    return Interval(difference, max(-1.0, difference - below), min(1.0, difference + above))
+    return Interval(max(-1.0, difference - below), min(1.0, difference + above), difference)
 
 
 def _correlation(both: int, only_first: int, only_second: int, neither: int) -> float:

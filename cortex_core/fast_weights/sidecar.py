@@ -69,7 +69,8 @@ class Sidecar(nn.Module):
         self.read_gate = nn.Linear(shape.hidden, shape.heads)
         nn.init.normal_(self.write_gate.weight, std=0.02)
         nn.init.normal_(self.read_gate.weight, std=0.02)
-        nn.init.constant_(self.write_gate.bias, 0.5)  # sigmoid(.5) = .62: open enough to have a gradient everywhere
+        # sigmoid(-.3) = .43, just open: a gradient everywhere, and writes too weak to overwrite one another.
+        nn.init.constant_(self.write_gate.bias, -0.3)
         nn.init.constant_(self.read_gate.bias, 1.0)
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None

@@ -1,1 +1,1 @@
-"""Text tasks through any tokenizer: facts, a gap of exact length, a question; and the real text they are hidden in."""
+"""Text tasks through any tokenizer: facts, an exact gap, a question; and real text to hide them in."""

@@ -18,8 +18,10 @@ from cortex_core.errors import DataError
 from cortex_core.tasks.vocabulary import IntArray, Split
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
-"""Left out of the standard library: installed packages, tests, and the encodings, which are tables rather than text."""
+SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+)
+"""Left out of the standard library: installed packages, tests, and the encodings, which are tables."""
 _BATCH = 64
 
 
@@ -48,7 +50,7 @@ class Corpus:
         return self.train if split == "train" else self.held_out
 
     def excerpt(self, seed: tuple[int, ...], num_tokens: int, split: Split) -> IntArray:
-        """`num_tokens` in a row from a random place, int64; past the end it continues at the start of the split."""
+        """`num_tokens` in a row from a random place, int64; past the end it starts over."""
         source = self.tokens(split)
         start = int(np.random.default_rng(list(seed)).integers(len(source)))
         if start + num_tokens <= len(source):
@@ -59,7 +61,8 @@ class Corpus:
 def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
     """Read, split and tokenise the text that `config` names.
 
-    Documents are taken in the order of a hash of their names, so `max_bytes` cuts a fair sample, the same one everywhere.
+    Documents are taken in the order of a hash of their names, so `max_bytes` cuts a fair sample, the same one
+    everywhere.
     Raises DataError when there is no text, or too little of it to hold some out.
     """
     parts: dict[str, list[Document]] = {"train": [], "held_out": []}
@@ -68,7 +71,8 @@ def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
     for split, documents in parts.items():
         if not documents:
             raise DataError(
-                f"corpus {_shown(config)}: no {split.replace('_', '-')} text among {sum(map(len, parts.values()))} documents. "
+                f"corpus {_shown(config)}: no {split.replace('_', '-')} text among "
+                f"{sum(map(len, parts.values()))} documents. "
                 "Give more files (or records), or change corpus.held_out_frac"
             )
     train, train_starts = tokenize([document.text for document in parts["train"]], tokenizer)
@@ -89,11 +93,13 @@ def training_texts(config: CorpusConfig) -> Iterator[str]:
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntArray]:
-    """Token ids of all texts with the end-of-sequence token after each, int32 [n], and where each text starts."""
+    """Token ids of all texts, each ended by the end-of-sequence token, int32 [n]; where each text starts."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     runs: list[NDArray[np.int32]] = []
     for first in range(0, len(texts), _BATCH):
-        encoded = tokenizer(texts[first : first + _BATCH], add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(texts[first : first + _BATCH], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         runs += [np.array([*ids, *separator], dtype=np.int32) for ids in encoded]
     starts = np.cumsum([0, *(len(run) for run in runs)])[:-1]
     tokens = np.concatenate(runs)
@@ -103,27 +109,32 @@ def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntAr
 
 
 def _sample(config: CorpusConfig) -> Iterator[tuple[Document, bool]]:
-    """Documents in hash order up to `max_bytes`, each with whether it is held out."""
+    """Documents in hash order up to `max_bytes`, the last one cut there, each with whether it is held out."""
     files = _files(config)
     by_record = len(files) == 1
-    total = 0
-    for path, name in sorted(files, key=lambda item: _hash(item[1])):
+    left = config.max_bytes
+    for path, name in sorted(files, key=lambda item: _hash(f"order of {item[1]}")):
         held_out_file = _hash(name) < config.held_out_frac
         for record, text in enumerate(_records(path, config.text_column)):
             if not text.strip():
                 continue
-            total += len(text.encode())
-            if total > config.max_bytes:
-                return
+            raw = text.encode()
+            if len(raw) > left:
+                text = raw[:left].decode(errors="ignore")
             document = Document(f"{name}:{record}", text)
             yield document, (_hash(document.name) < config.held_out_frac if by_record else held_out_file)
+            left -= len(raw)
+            if left <= 0:
+                return
 
 
 def _files(config: CorpusConfig) -> list[tuple[Path, str]]:
     """Files to read with the names that decide their split: relative, so a folder may move."""
     if config.path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        found = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+        found = [
+            path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+        ]
     else:
         root = Path(config.path)
         if root.is_file():
@@ -182,7 +193,9 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     for batch in file.iter_batches(batch_size=1024, columns=[column]):
         for text in batch.column(0).to_pylist():
             if text is not None and not isinstance(text, str):
-                raise DataError(f"{path} column {column!r} holds {type(text).__name__}, not text: set corpus.text_column")
+                raise DataError(
+                    f"{path} column {column!r} holds {type(text).__name__}, not text: set corpus.text_column"
+                )
             yield text or ""
 
 

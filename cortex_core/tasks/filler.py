@@ -16,8 +16,7 @@ _STREAM = 7  # keeps filler draws apart from the draws of the content
 class Filler(Protocol):
     """Exactly as many tokens as asked for, the same ones for the same seed."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
 
     def tokens(self, seed: tuple[int, ...], num_tokens: int) -> IntArray:
         """int64 [num_tokens]"""

@@ -44,9 +44,9 @@ class Sheet(NamedTuple):
 
 @dataclass(frozen=True)
 class TextTask(ABC):
-    """Facts and questions as tokens. A task says what they are; where they stand is said here, once for all tasks.
+    """Facts and questions as tokens. A task says what they are; where they stand is said here, once for all.
 
-    The content of an example depends on (seed, split, index) alone, so different gaps ask about the same facts.
+    The content of an example depends on (seed, split, index) alone: different gaps ask about the same facts.
     """
 
     name: ClassVar[str]
@@ -75,35 +75,45 @@ class TextTask(ABC):
     def overhead_tokens(self, index: int, *, num_queries: int = 1) -> int:
         """Tokens of `example` that are not filler."""
         sheet = self.sheet(index, num_queries)
-        return len(self.vocabulary.prefix) + _length(sheet.facts) + _length(sheet.queries)
+        return len(self._prefix()) + _length(sheet.facts) + _length(sheet.queries)
 
     def query_tokens(self, index: int, *, num_queries: int = 1) -> int:
         """Tokens of the questions, with their answers: what `example` ends with."""
         return _length(self.sheet(index, num_queries).queries)
 
     def spanning_example(
-        self, index: int, total_tokens: int, *, num_queries: int = 1, last_tokens: int = 1
+        self, index: int, total_tokens: int, *, num_queries: int = 1, segment_tokens: int = 1
     ) -> Example:
-        """Exactly `total_tokens`: prefix and facts, filler, questions that start at random within the end, filler.
+        """Exactly `total_tokens`: filler, facts, filler, questions, filler.
 
-        The questions end within the last `last_tokens` tokens at the latest possible place, or earlier by a random number
-        of tokens that keeps them inside those last tokens where they fit. Raises ConfigError when they do not fit at all.
+        Facts lie anywhere in the first `segment_tokens`, questions anywhere in the last, as far as they fit:
+        neither may be told by its position. A third of the examples opens with the document prefix and its facts
+        at once. Raises ConfigError when facts and questions do not fit at all.
         """
         sheet = self.sheet(index, num_queries)
-        asked = _length(sheet.queries)
-        room = self._room(sheet, total_tokens)
         rng = self.rng(index, 1)
-        after = int(rng.integers(0, max(min(last_tokens - asked, room), 0) + 1))
+        opens = rng.random() < 1 / 3
+        prefix = self._prefix() if opens else np.zeros(0, np.int64)
+        told, asked = _length(sheet.facts), _length(sheet.queries)
+        room = total_tokens - len(prefix) - told - asked
+        if room < 0:
+            raise ConfigError(self._too_short(total_tokens, total_tokens - room))
+        before = 0 if opens else int(rng.integers(0, max(min(segment_tokens - told, room), 0) + 1))
+        after = int(rng.integers(0, max(min(segment_tokens - asked, room - before), 0) + 1))
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
-        return join([self._prefix(), *sheet.facts, filler[: room - after], *sheet.queries, filler[room - after :]])
+        gap_end = room - after
+        return join(
+            [prefix, filler[:before], *sheet.facts, filler[before:gap_end], *sheet.queries, filler[gap_end:]]
+        )
 
     def in_window_example(
         self, index: int, total_tokens: int, *, num_queries: int = 1, with_facts: bool = True
     ) -> Example:
         """Exactly `total_tokens` with facts and questions anywhere inside, filler before, between and after.
 
-        A third of the rows opens with the document prefix, the others in the middle of the filler. `with_facts=False` leaves
-        the facts out and filler in their place: the questions cannot be answered, the answer mask still says where they are.
+        A third of the rows opens with the document prefix, the others in the middle of the filler.
+        `with_facts=False` puts filler in the place of the facts: the questions cannot be answered, the
+        answer mask still says where they are. Raises ConfigError when facts and questions do not fit.
         """
         sheet = self.sheet(index, num_queries)
         rng = self.rng(index, 2)
@@ -116,23 +126,22 @@ class TextTask(ABC):
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
         cuts = _cuts(rng, room, len(facts), len(sheet.queries))
         pieces: list[Part | IntArray] = [prefix, filler[: cuts[0]]]
-        for number, part in enumerate(parts):
-            end = cuts[number + 1] if number + 1 < len(cuts) else room
-            pieces += [part, filler[cuts[number] : end]]
+        for part, start, end in zip(parts, cuts[:-1], cuts[1:], strict=True):
+            pieces += [part, filler[start:end]]
         return join(pieces)
 
     def _prefix(self) -> IntArray:
         return np.array(self.vocabulary.prefix, dtype=np.int64)
 
     def _room(self, sheet: Sheet, total_tokens: int) -> int:
-        needed = len(self.vocabulary.prefix) + _length(sheet.facts) + _length(sheet.queries)
+        needed = len(self._prefix()) + _length(sheet.facts) + _length(sheet.queries)
         if needed > total_tokens:
             raise ConfigError(self._too_short(total_tokens, needed))
         return total_tokens - needed
 
     def _too_short(self, got: int, needed: int) -> str:
         return (
-            f"total_tokens = {got} is too short for {self.name}, whose facts and questions take {needed} tokens: "
+            f"total_tokens = {got} is too short for {self.name}, whose facts and questions take {needed}: "
             "lengthen the sequence, or ask for fewer pairs or queries"
         )
 
@@ -156,15 +165,19 @@ def _length(parts: list[Part]) -> int:
 
 
 def _cuts(rng: np.random.Generator, room: int, num_facts: int, num_queries: int) -> IntArray:
-    """Filler position at which each part is inserted, ascending, int64 [num_facts + num_queries].
+    """Filler position at which each part is inserted, ascending, then `room`: int64 [facts + queries + 1].
 
-    Half of the time facts stand together, half of the time questions do; otherwise they are strewn over the window.
+    Half of the time the facts stand together, and so do the questions; otherwise they are strewn about.
     """
     together_facts, together_queries = rng.random(2) < 0.5
     split = int(rng.integers(0, room + 1))
-    facts = np.full(num_facts, rng.integers(0, split + 1)) if together_facts else rng.integers(0, split + 1, num_facts)
+    facts = (
+        np.full(num_facts, rng.integers(0, split + 1))
+        if together_facts
+        else rng.integers(0, split + 1, num_facts)
+    )
     if together_queries:
         queries = np.full(num_queries, rng.integers(split, room + 1))
     else:
         queries = rng.integers(split, room + 1, num_queries)
-    return np.concatenate([np.sort(facts), np.sort(queries)]).astype(np.int64)
+    return np.concatenate([np.sort(facts), np.sort(queries), [room]]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Long addition: " add 1 2 plus 3 9;" ... " sum" must be answered " 1 5 0": 12 + 39 = 51, least significant digit first."""
+"""Long addition: " add 1 2 plus 3 9;" ... " sum" must be answered " 1 5 0", 51 from the units up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cortex_core.tasks.layout import Part, Sheet, TextTask
 
 @dataclass(frozen=True)
 class LongAddition(TextTask):
-    """Two numbers of `num_digits` digits; the question asks for their sum, `num_digits` + 1 digits from the units up.
+    """Two numbers of `num_digits` digits; asked is their sum, `num_digits` + 1 digits from the units up.
 
     It is asked once whatever `num_queries` says: a second question could be answered from the first.
     """

@@ -31,12 +31,13 @@ def build_task(
     split: Split = "train",
     seed: int = 0,
     num_pairs: int = 6,
+    any_token_frac: float = 0.0,
 ) -> TextTask:
     """One task with one filler."""
     hidden_in: Filler = TextFiller(corpus, split) if filler == "text" else RandomFiller(vocabulary)
     match name:
         case "key_value":
-            return KeyValue(vocabulary, hidden_in, split, seed, num_pairs)
+            return KeyValue(vocabulary, hidden_in, split, seed, num_pairs, any_token_frac)
         case "copy_reverse":
             return CopyReverse(vocabulary, hidden_in, split, seed)
         case "n_back":
@@ -59,7 +60,13 @@ class Mixture:
 
     @classmethod
     def from_config(
-        cls, config: TasksConfig, vocabulary: TaskVocabulary, corpus: Corpus, *, split: Split = "train", seed: int = 0
+        cls,
+        config: TasksConfig,
+        vocabulary: TaskVocabulary,
+        corpus: Corpus,
+        *,
+        split: Split = "train",
+        seed: int = 0,
     ) -> Mixture:
         """Every task with every filler; tasks are equally likely, and so are the fillers of one task."""
         tasks: list[TextTask] = []
@@ -68,7 +75,16 @@ class Mixture:
             fillers = ("text",) if name == "corpus" else config.fillers
             for filler in fillers:
                 tasks.append(
-                    build_task(name, filler, vocabulary, corpus, split=split, seed=seed, num_pairs=config.num_pairs)
+                    build_task(
+                        name,
+                        filler,
+                        vocabulary,
+                        corpus,
+                        split=split,
+                        seed=seed,
+                        num_pairs=config.num_pairs,
+                        any_token_frac=config.any_token_frac,
+                    )  # fmt: skip
                 )
                 weights.append(1 / len(config.names) / len(fillers))
         return cls(tuple(tasks), tuple(weights), split, seed)
@@ -79,22 +95,25 @@ class Mixture:
         return self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
 
     def spanning_batch(
-        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, last_tokens: int = 1
+        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, segment_tokens: int = 1
     ) -> Example:
-        """Long sequences of equal length: facts first, questions near the end. Both arrays are [len(indices), total_tokens]."""
+        """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens]."""
         return stack(
             [
                 self.task(index).spanning_example(
-                    index, total_tokens, num_queries=num_queries, last_tokens=last_tokens
+                    index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens
                 )
                 for index in indices
             ]
         )
 
     def in_window_batch(self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1) -> Example:
-        """Windows with everything inside. Both arrays are [len(indices), total_tokens]."""
+        """Windows with everything inside. Both arrays [len(indices), total_tokens]."""
         return stack(
-            [self.task(index).in_window_example(index, total_tokens, num_queries=num_queries) for index in indices]
+            [
+                self.task(index).in_window_example(index, total_tokens, num_queries=num_queries)
+                for index in indices
+            ]
         )
 
 
@@ -103,4 +122,6 @@ def stack(examples: Sequence[Example]) -> Example:
     lengths = {len(example.tokens) for example in examples}
     if len(lengths) != 1:
         raise ConfigError(f"examples of {len(lengths)} lengths cannot be one batch: {sorted(lengths)}")
-    return Example(np.stack([example.tokens for example in examples]), np.stack([example.answer for example in examples]))
+    return Example(
+        np.stack([example.tokens for example in examples]), np.stack([example.answer for example in examples])
+    )

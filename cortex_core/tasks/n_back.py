@@ -1,4 +1,4 @@
-"""N back: " items river stone lamp;" ... " item 2" must be answered " stone", the second item from the end."""
+"""N back: " items river stone lamp;" ... " item 2" must be answered " stone", the second from the end."""
 
 from __future__ import annotations
 

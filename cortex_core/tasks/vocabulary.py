@@ -1,7 +1,7 @@
 """Words and markers that a tokenizer writes as single tokens, split into pools that never meet.
 
-Keys never are values, and a word that evaluation asks about never occurs in a training task: a model that answers must have
-read the fact, it cannot have learned the word's task role by heart.
+Keys never are values, and a word that evaluation asks about never occurs in a training task: a model that
+answers must have read the fact, it cannot have learned the word's role by heart.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -25,14 +26,18 @@ MARKERS = (" remember", " recall", " items", " item", " digits", " reverse", " a
 DIGITS = tuple(f" {digit}" for digit in range(10))
 
 POOL_SEED = 20_250_101
-"""Default seed of the pools. It is not a run's seed: every run on a tokenizer must hold out the same words."""
+"""Default seed of the pools, not a run's seed: every run on a tokenizer must hold out the same words."""
 HELD_OUT_FRAC = 1 / 3
 FREQUENT_FRAC = 0.2
 MAX_WORDS = 1200
 MIN_WORDS = 24
 
 _WORD = re.compile(r"[a-z]{3,12}")
-_SPACE_MARKS = ("\u0120", "\u2581", " ")  # how byte-level and sentencepiece vocabularies write a leading space
+_SPACE_MARKS = (
+    "\u0120",
+    "\u2581",
+    " ",
+)  # how byte-level and sentencepiece vocabularies write a leading space
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class TaskVocabulary:
 
     tokenizer: Any = field(repr=False)
     prefix: tuple[int, ...]
-    """What a document opens with: the beginning-of-sequence token, or nothing where the tokenizer has none."""
+    """What a document opens with: the beginning-of-sequence token, or nothing where there is none."""
     separator: tuple[int, ...]
     """What stands between two documents: the end-of-sequence token, or nothing."""
     keys: MappingProxyType[str, IntArray] = field(repr=False)
@@ -49,26 +54,28 @@ class TaskVocabulary:
     values: MappingProxyType[str, IntArray] = field(repr=False)
     """One-token words by split, int64 [n]; disjoint from the keys."""
     pieces: MappingProxyType[str, tuple[int, ...]] = field(repr=False)
-    """Token ids of every marker and of the digits " 0" to " 9" (several ids where the tokenizer splits them)."""
+    """Ids of every marker and of the digits " 0" to " 9" (several ids where the tokenizer splits them)."""
     random_ids: IntArray = field(repr=False)
-    """Every id that random filler may use: the vocabulary without special tokens and without the markers, int64 [n]."""
+    """What random filler is drawn from: the vocabulary without special tokens and markers, int64 [n]."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, seed: int = POOL_SEED) -> TaskVocabulary:
-        """Take pools from an HF-style tokenizer: `get_vocab`, `encode`, `__call__`, `all_special_ids`, `bos_token_id`.
+        """Take the pools from a tokenizer with the methods of a Hugging Face one.
 
         Raises DataError when fewer than 24 words are single tokens with a leading space.
         """
-        pieces = {text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*MARKERS, *DIGITS)}
+        pieces = {
+            text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*MARKERS, *DIGITS)
+        }
         marker_ids = {token for text in MARKERS for token in pieces[text]}
         digit_ids = {token for text in DIGITS for token in pieces[text]}
         words = _single_token_words(tokenizer, excluded=marker_ids | digit_ids)
-        # Byte-pair vocabularies number frequent words first: leave those to the filler, where they would be distractors.
+        # Byte-pair vocabularies number frequent words first. Real text is full of those: they would distract.
         words = words[int(len(words) * FREQUENT_FRAC) :][:MAX_WORDS]
         if len(words) < MIN_WORDS:
             raise DataError(
-                f"the tokenizer writes only {len(words)} suitable words (lower-case ascii, 3 to 12 letters, one token with "
-                f"its leading space); the tasks need at least {MIN_WORDS}. Choose a backbone with a word-piece vocabulary"
+                f"the tokenizer writes only {len(words)} suitable words (lower-case ascii, 3 to 12 letters, "
+                f"one token with its leading space), at least {MIN_WORDS} are needed: choose another backbone"
             )
         order = np.random.default_rng(seed).permutation(np.array(words, dtype=np.int64))
         keys, values = _pools(order[: len(order) // 2]), _pools(order[len(order) // 2 :])
@@ -87,6 +94,11 @@ class TaskVocabulary:
     def digits(self, numbers: Sequence[int] | IntArray) -> list[int]:
         """Ids of " d" for each digit d in `numbers`."""
         return [token for number in numbers for token in self.pieces[DIGITS[int(number)]]]
+
+    @cached_property
+    def shared_ids(self) -> IntArray:
+        """Every id that training may use for anything: `random_ids` without the held-out words, int64 [n]."""
+        return np.setdiff1d(self.random_ids, self.held_out_words(), assume_unique=True)
 
     def held_out_words(self) -> IntArray:
         """Every word that no training task may use, int64 [n]."""

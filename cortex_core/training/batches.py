@@ -24,14 +24,31 @@ class BatchSource:
     tasks: TasksConfig
     training: TrainingConfig
     segment_tokens: int
+    narrowest: int = 1
+    """Narrowest segment of the curriculum: a chunk, and half of what a sequence of the tasks needs."""
     seed: int = 0
 
-    def num_segments(self, step: int) -> int:
-        """Segments of the sequences of one step: two at first, then two to `max_segments`."""
-        widest = self.training.max_segments
-        if step < self.training.short_frac * self.training.steps or widest == 2:
-            return 2
-        return int(np.random.default_rng([self.seed, step, _LENGTH_STREAM]).integers(2, widest + 1))
+    def shape(self, step: int) -> tuple[int, int]:
+        """Segments and segment width of one step's sequences: two narrow segments at first, wider ones, then more.
+
+        A short way from fact to question is where a gate can learn at all what is worth writing: in a long one, writes on
+        filler have overwritten the facts before the question comes.
+        """
+        training, full = self.training, self.segment_tokens
+        done = step / training.steps
+        if done < training.short_frac:
+            quarter = max(full // 4, self.narrowest)
+            return 2, quarter if done < training.short_frac / 2 else max(full // 2, quarter)
+        if training.max_segments == 2:
+            return 2, full
+        longest = np.random.default_rng([self.seed, step, _LENGTH_STREAM]).integers(2, training.max_segments + 1)
+        return int(longest), full
+
+    def tokens(self, step: int) -> int:
+        """Tokens that all workers together read in one step; windows count twice, with the bare model and with memory."""
+        segments, width = self.shape(step)
+        long = self.training.batch_size * segments * width
+        return long + 2 * self.training.in_window_batch_size * self.segment_tokens
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[Batch]:
         """This worker's share of the step's global batch, in `accumulation_steps` parts."""
@@ -40,17 +57,17 @@ class BatchSource:
             yield self._batch(step, rank * parts + part, world_size * parts)
 
     def _batch(self, step: int, part: int, parts: int) -> Batch:
-        width, segments = self.segment_tokens, self.num_segments(step)
+        segments, width = self.shape(step)
         rows = _share(self.training.batch_size, step, part, parts)
         tokens, answer = self.long.spanning_batch(
-            rows, segments * width, num_queries=self.tasks.num_queries, last_tokens=width
+            rows, segments * width, num_queries=self.tasks.num_queries, segment_tokens=width
         )
         windows = _share(self.training.in_window_batch_size, step, part, parts)
         shape = (len(rows), segments, width)
         if windows:
-            ids, asked = self.in_window.in_window_batch(windows, width, num_queries=self.tasks.num_queries)
+            ids, asked = self.in_window.in_window_batch(windows, self.segment_tokens, num_queries=self.tasks.num_queries)
         else:
-            ids, asked = np.zeros((0, width), np.int64), np.zeros((0, width), np.bool_)
+            ids, asked = np.zeros((0, self.segment_tokens), np.int64), np.zeros((0, self.segment_tokens), np.bool_)
         return Batch(
             torch.from_numpy(tokens).view(shape),
             torch.from_numpy(answer).view(shape),

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cortex_core.backbone.attention import only_at
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.passes import MemoryPass, States
 from cortex_core.backbone.reading import read_segments
@@ -16,6 +17,8 @@ from cortex_core.backbone.segments import Layout
 from cortex_core.config import TrainingConfig
 from cortex_core.fast_weights.gate import margin_penalty
 from cortex_core.fast_weights.state import FastWeights
+
+KL_STRIDE = 4
 
 
 class Batch(NamedTuple):
@@ -43,13 +46,13 @@ class ReadingLoss(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss (mean over this micro-batch, nats) and detached metrics."""
-        logits, first, passes = self._read_and_predict(batch)
-        answer_loss, accuracy = _answers(logits, batch, first)
+        logits, target, passes = self._read_and_predict(batch)
+        answer_loss = functional.cross_entropy(logits.float(), target)
         penalty = _sparsity(passes, self.model, self.config.sparsity_margin)
         loss = answer_loss + self.config.sparsity_weight * penalty
         metrics = {
             "loss/answer_nats": answer_loss.detach(),
-            "accuracy": accuracy,
+            "accuracy": (logits.argmax(-1) == target).float().mean(),
             "loss/sparsity": penalty.detach(),
             "memory/write_frac": _write_frac(passes),
             "memory/state_norm": _state_norm(passes[-1].final),
@@ -61,11 +64,11 @@ class ReadingLoss(nn.Module):
         metrics["loss"] = loss.detach()
         return loss, metrics
 
-    def _read_and_predict(self, batch: Batch) -> tuple[Tensor, int, list[MemoryPass]]:
-        """Segments before the first answer are read without the upper layers. Also the first predicted segment."""
+    def _read_and_predict(self, batch: Batch) -> tuple[Tensor, Tensor, list[MemoryPass]]:
+        """Logits and targets [answers]. Segments before the first answer are read without the upper layers."""
         total, width = batch.input_ids.shape[1:]
-        position = batch.answer.flatten(1).any(0).nonzero()
-        first = max(int(position[0]) - 1, 0) // width if len(position) else total - 1
+        before = _before(batch.answer.flatten(1))
+        first = int(before.any(0).nonzero()[0]) // width
         keep = self.config.truncate_segments
         cuts = sorted({0, max(0, first - keep) if keep else 0, first, total})
         states, passes, logits = self.model.empty_states(len(batch.input_ids)), [], None
@@ -73,51 +76,37 @@ class ReadingLoss(nn.Module):
             if start and keep and start <= first - keep:
                 states = _detached(states)
             ids = batch.input_ids[:, start:stop]
-            layout = plain_layout(ids, start * width)
-            logits, memory = read_segments(self.model, ids, layout, states, predict=stop == total)
+            wanted = before.view(batch.answer.shape)[:, start:stop] if stop == total else False
+            logits, memory = read_segments(self.model, ids, Layout.plain(ids, start * width), states, predict=wanted)
             states = memory.final
             passes.append(memory)
         assert logits is not None
-        return logits, first, passes
+        return logits, batch.input_ids.flatten(1)[:, 1:][before[:, :-1]], passes
 
     def _kl_to_bare_model(self, batch: Batch, states: States) -> Tensor:
-        """KL(bare || with memory) per token, plus the same at the answers. The memory is full of other sequences' facts."""
+        """KL(bare || with memory), nats: mean over text plus mean over answers. The memory is full of other facts.
+
+        Text is sampled, one token in `KL_STRIDE`: neighbours say much the same, and logits are the costly part.
+        """
         ids = batch.in_window_ids
-        with torch.no_grad():
-            bare = self.model.backbone(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        asked = _before(batch.in_window_answer)
+        wanted = asked.clone()
+        wanted[:, ::KL_STRIDE] = True
+        with torch.no_grad(), only_at(wanted):
+            bare = self.model.backbone(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         rows = torch.arange(len(ids), device=ids.device) % len(batch.input_ids)
         other = {n: FastWeights.at_chunk_start(s.up.detach()[rows]) for n, s in states.items()}
-        logits, _ = read_segments(
-            self.model, ids[:, None], plain_layout(ids[:, None], batch.input_ids[0].numel()), other, predict=True
-        )
+        layout = Layout.plain(ids[:, None], batch.input_ids[0].numel())
+        logits, _ = read_segments(self.model, ids[:, None], layout, other, predict=wanted[:, None])
         assert logits is not None
         kl = functional.kl_div(logits.float().log_softmax(-1), bare, log_target=True, reduction="none").sum(-1)
-        asked = batch.in_window_answer[:, 1:]
-        at_answers = (kl[:, :-1] * asked).sum() / asked.sum().clamp_min(1)
-        return kl.mean() + at_answers
+        at_answers = asked[wanted]
+        return kl[~at_answers].mean() + (kl * at_answers).sum() / at_answers.sum().clamp_min(1)
 
 
-def plain_layout(input_ids: Int[Tensor, "batch segments width"], start: int) -> Layout:
-    """Whole segments without padding or reward, after `start` tokens."""
-    batch, segments, width = input_ids.shape
-    flat, device = (batch * segments, width), input_ids.device
-    return Layout(
-        segments,
-        torch.ones(flat, dtype=torch.bool, device=device),
-        torch.full((batch,), start, dtype=torch.long, device=device),
-        torch.zeros(flat, device=device),
-    )
-
-
-def _answers(logits: Tensor, batch: Batch, first: int) -> tuple[Tensor, Tensor]:
-    """Cross entropy and accuracy at the answers; `logits` start at segment `first`."""
-    ids = batch.input_ids[:, first:].flatten(1)[:, 1:]
-    asked = batch.answer[:, first:].flatten(1)[:, 1:]
-    predicted, target = logits[:, :-1][asked].float(), ids[asked]
-    if not len(target):
-        return logits.sum() * 0.0, logits.new_tensor(float("nan"))
-    accuracy = (predicted.argmax(-1) == target).float().mean()
-    return functional.cross_entropy(predicted, target), accuracy
+def _before(answer: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+    """The positions whose next token is an answer. A sequence cannot begin with one."""
+    return torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], dim=1)
 
 
 def _sparsity(passes: list[MemoryPass], model: Cortex, margin: float) -> Tensor:

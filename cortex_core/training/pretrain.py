@@ -40,12 +40,18 @@ class Pretraining:
 
     @classmethod
     def start(cls, config: PretrainConfig) -> Pretraining:
-        """Read the corpus, train the tokenizer, create the model. Raises DataError where text or tokenizer fall short."""
-        tokenizer = train_tokenizer(training_texts(config.corpus), config.decoder.vocab_size, (*MARKERS, *DIGITS))
+        """Read the corpus, train the tokenizer, create the model. Raises DataError for too little text."""
+        tokenizer = train_tokenizer(
+            training_texts(config.corpus), config.decoder.vocab_size, (*MARKERS, *DIGITS)
+        )
         shape = config.decoder.model_dump(exclude={"vocab_size"})
         model = create_model(vocab_size=len(tokenizer), seed=config.seed, **shape)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            foreach=True,
         )
         vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
         return cls(config, tokenizer, vocabulary, load_corpus(config.corpus, tokenizer), model, optimizer)
@@ -80,9 +86,11 @@ class Pretraining:
         _replace(folder / STATE, lambda path: path.write_text(json.dumps(state, indent=2)))
 
     def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint. Raises DataError without one, IncompatibleError for another model or other rows."""
+        """Continue from a checkpoint. Raises DataError without one, IncompatibleError for another run's."""
         if not (folder / STATE).is_file():
-            raise DataError(f"{folder} holds no checkpoint ({STATE} is missing): give the folder of an earlier run")
+            raise DataError(
+                f"{folder} holds no checkpoint ({STATE} is missing): give the folder of an earlier run"
+            )
         state = json.loads((folder / STATE).read_text())
         self._check_same_run(PretrainConfig.model_validate(state["config"]), folder)
         weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
@@ -98,32 +106,42 @@ class Pretraining:
         self.step = int(state["step"])
 
     def _check_same_run(self, saved: PretrainConfig, folder: Path) -> None:
-        """The length of a run may change while its rate is still level; what the steps so far were made from may not."""
+        """The length of a run may change while its rate is level; what its steps were made from may not."""
         for key in ("seed", "batch_size", "decoder", "corpus"):
             if getattr(saved, key) != getattr(self.config, key):
                 raise IncompatibleError(
-                    f"{folder} was trained with {key} = {getattr(saved, key)}, this run has {getattr(self.config, key)}: "
-                    "use the same value, or another folder"
+                    f"{folder} was trained with {key} = {getattr(saved, key)}, this run has "
+                    f"{getattr(self.config, key)}: use the same value, or another folder"
                 )
 
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, rows: Rows, config: PretrainConfig, step: int
 ) -> dict[str, float]:
-    """One optimizer step. Returns losses in nats and the accuracy on the answers of each kind of row present."""
+    """One optimizer step. Returns losses in nats, and the accuracy on the answers by kind of row."""
     tokens = torch.from_numpy(rows.tokens)
-    text_weight, answer_weight = torch.from_numpy(rows.text_weight)[:, 1:], torch.from_numpy(rows.answer_weight)[:, 1:]
+    text_weight, answer_weight = (
+        torch.from_numpy(rows.text_weight)[:, 1:],
+        torch.from_numpy(rows.answer_weight)[:, 1:],
+    )
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(text_weight)
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(
+        text_weight
+    )
     text_loss, answer_loss = _weighted_mean(losses, text_weight), _weighted_mean(losses, answer_weight)
-    loss = text_loss + config.answer_weight * answer_loss
+    early = step < config.rows.early_steps
+    loss = (config.early_text_weight if early else 1.0) * text_loss + config.answer_weight * answer_loss
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * rate_at(step, config)
     optimizer.step()
-    metrics = {"loss/text_nats": text_loss.item(), "loss/answer_nats": answer_loss.item(), "gradient_norm": norm.item()}
+    metrics = {
+        "loss/text_nats": text_loss.item(),
+        "loss/answer_nats": answer_loss.item(),
+        "gradient_norm": norm.item(),
+    }
     return metrics | _accuracies(logits.detach(), tokens, answer_weight > 0, rows)
 
 

@@ -1,4 +1,4 @@
-"""Every knob of backbone pretraining: the small language model that ships with the package is made from these."""
+"""Every knob of backbone pretraining, from which the small language model that ships is made."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class DecoderConfig(Settings):
     """Hidden units of each gated MLP."""
     window_tokens: Annotated[int, Field(ge=128)] = 256
     """Positions the model is trained on, and the length of every training row."""
+    rope_theta: Annotated[float, Field(gt=1.0)] = 1e6
+    """Base of the rotary positions. The higher, the more dimensions compare content wherever it stands."""
     tied_embeddings: bool = True
-    """Whether the output map is the embedding: a third fewer parameters, and copying carries over to rare words."""
+    """Whether the output map is the embedding: fewer parameters, and copying carries over to rare words."""
 
     @model_validator(mode="after")
     def heads_divide_width(self) -> DecoderConfig:
@@ -40,22 +42,25 @@ class DecoderConfig(Settings):
 class RowsConfig(Settings):
     """What a training row is, by share; the remaining rows are plain text."""
 
-    key_value_frac: Fraction = 0.34
+    key_value_frac: Fraction = 0.20
     """Facts and questions about them."""
-    repeat_frac: Fraction = 0.10
+    repeat_frac: Fraction = 0.05
     """A short run of tokens again and again: teaches to look for what followed the last time."""
     copy_reverse_frac: Fraction = 0.05
     """Digits, to be written in reverse."""
     n_back_frac: Fraction = 0.05
     """Word lists, asked by position from the end."""
-    long_addition_frac: Fraction = 0.06
+    long_addition_frac: Fraction = 0.03
     """Sums of long numbers."""
     no_facts_frac: Fraction = 0.10
     """Share of the key-value rows whose facts are left out; their answers carry no loss."""
-    early_steps: Annotated[int, Field(ge=0)] = 600
-    """Steps at the start in which three quarters of the plain text make way for key-value and repeat rows."""
+    any_token_frac: Fraction = 0.75
+    """Share of the key-value and n-back rows whose words are any tokens but held-out words; the others take
+    training words. With the few training words alone, a model learns to recall those and no others."""
+    early_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps at the start that are almost all key-value rows full of questions, until recall is learned."""
     many_queries: PositiveInt = 34
-    """Most questions in a key-value row; the number is drawn from 1 to this, and is this in the early steps."""
+    """Most questions in a key-value row after the early steps; their number is drawn from 1 to this."""
     max_pairs: Annotated[int, Field(ge=6)] = 12
     """Most facts in a key-value row; two thirds of the rows have 6, the others 2 to this."""
 
@@ -64,13 +69,21 @@ class RowsConfig(Settings):
         """Shares add up to at most 1."""
         total = self.task_frac
         if total > 1.0:
-            raise ValueError(f"the shares of task rows add up to {total:.3f}: lower them to at most 1 together")
+            raise ValueError(
+                f"the shares of task rows add up to {total:.3f}: lower them to at most 1 together"
+            )
         return self
 
     @property
     def task_frac(self) -> float:
         """Share of rows that are not plain text."""
-        fracs = (self.key_value_frac, self.repeat_frac, self.copy_reverse_frac, self.n_back_frac, self.long_addition_frac)
+        fracs = (
+            self.key_value_frac,
+            self.repeat_frac,
+            self.copy_reverse_frac,
+            self.n_back_frac,
+            self.long_addition_frac,
+        )
         return sum(fracs)
 
 
@@ -81,7 +94,7 @@ class PretrainConfig(Settings):
     """Name on the model card."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights and of every row."""
-    steps: PositiveInt = 9000
+    steps: PositiveInt = 3200
     """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Rows per step."""
@@ -91,7 +104,7 @@ class PretrainConfig(Settings):
     """Rate at the last step, as a share of the peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     """Steps until the peak rate."""
-    decay_frac: Fraction = 0.4
+    decay_frac: Fraction = 0.5
     """Share of the run, at its end, over which the rate falls linearly."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Moment decay rates of AdamW."""
@@ -101,6 +114,8 @@ class PretrainConfig(Settings):
     """Largest global gradient norm."""
     answer_weight: NonNegative = 1.0
     """Weight of the mean loss on answers beside the mean loss on text."""
+    early_text_weight: NonNegative = 0.1
+    """Weight of the text loss in the early steps; 1 after them."""
     repeat_weight: NonNegative = 0.25
     """Weight of a repeated token, of which a row has many, among the answers."""
     random_weight: NonNegative = 0.02

@@ -1,4 +1,4 @@
-"""Writes a pretrained backbone as a Hugging Face folder whose model card is made from the measured numbers."""
+"""Writes a pretrained backbone as a Hugging Face folder, its model card made from the measured numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def measure(run: Pretraining, num_examples: int, progress: Any = lambda _: None)
     config, window = run.config, run.config.decoder.window_tokens
     text = bits_per_byte(run.model, run.corpus, window_tokens=window)
     tasks = score_tasks(
-        run.model, run.vocabulary, run.corpus, window_tokens=window, num_examples=num_examples, progress=progress
+        run.model,
+        run.vocabulary,
+        run.corpus,
+        window_tokens=window,
+        num_examples=num_examples,
+        progress=progress,
     )
     return {
         "name": config.name,
@@ -44,7 +49,7 @@ def measure(run: Pretraining, num_examples: int, progress: Any = lambda _: None)
 
 
 def export(run: Pretraining, scores: dict[str, Any], folder: Path) -> None:
-    """Model, tokenizer, scores and card into `folder`. Each file appears whole: written beside, then renamed."""
+    """Model, tokenizer, scores and card into `folder`. Files appear whole: written aside, then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as draft:
         run.model.save_pretrained(draft)
@@ -52,6 +57,7 @@ def export(run: Pretraining, scores: dict[str, Any], folder: Path) -> None:
         (Path(draft) / SCORES).write_text(json.dumps(scores, indent=2) + "\n")
         (Path(draft) / CARD).write_text(card(scores))
         for path in Path(draft).iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone
             os.replace(path, folder / path.name)
 
 
@@ -59,7 +65,23 @@ def card(scores: dict[str, Any]) -> str:
     """The model card. Every number in it comes from `scores`."""
     config, text, words = scores["config"], scores["text"], scores["words"]
     decoder = config["decoder"]
-    source = config["corpus"]["path"] or "the source files of the Python standard library, without its tests"
+    window = decoder["window_tokens"]
+    table = {
+        "architecture": f"Llama with biases: {decoder['num_layers']} layers, width {decoder['hidden_size']}, "
+        f"{decoder['num_heads']} heads, MLP {decoder['mlp_size']}, "
+        f"{'tied' if decoder['tied_embeddings'] else 'untied'} embeddings, float32",
+        "parameters": f"{scores['parameters']:,}",
+        "tokenizer": f"byte-level BPE, {decoder['vocab_size']:,} tokens, digits on their own",
+        "training text": f"{scores['train_documents']:,} documents, {scores['train_bytes']:,} bytes",
+        "held-out text": f"{scores['held_out_documents']:,} documents, {scores['held_out_bytes']:,} bytes; "
+        "the tokenizer has not seen it either",
+        "words of the tasks": f"keys: {words['train_keys']} for training, {words['held_out_keys']} held out; "
+        f"values: {words['train_values']} and {words['held_out_values']}; no word is both",
+    }
+    source = (
+        config["corpus"]["path"]
+        or f"the sources of Python {scores['python']}'s standard library, without tests"
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -67,52 +89,53 @@ license: mit
 ---
 # {scores["name"]}
 
-A small decoder that recalls facts within its window of {decoder["window_tokens"]} tokens, and no further. It is the backbone on
+A small decoder that recalls facts within its window of {window} tokens, and no further. It is the backbone on
 which a memory is trained and tested without a download. It is not a useful language model.
 
 ## How it was made
-`cortex pretrain pretrain` from fresh weights; nothing was downloaded. {scores["steps"]:,} steps of {config["batch_size"]} windows, that
-is {scores["training_tokens"]:,} tokens, on one CPU thread. Seed {config["seed"]}.
+`cortex pretrain pretrain` from fresh weights; nothing was downloaded. {scores["steps"]:,} steps of
+{config["batch_size"]} windows, {scores["training_tokens"]:,} tokens in all; seed {config["seed"]}, one thread.
+The text is {source}; none of it is in this folder.
 
 | | |
 |---|---|
-| architecture | Qwen2: {decoder["num_layers"]} layers, width {decoder["hidden_size"]}, {decoder["num_heads"]} heads, MLP {decoder["mlp_size"]}, \
-{"tied" if decoder["tied_embeddings"] else "untied"} embeddings, float32 |
-| parameters | {scores["parameters"]:,} |
-| tokenizer | byte-level BPE, {decoder["vocab_size"]:,} tokens, digits on their own, trained on the training text |
-| training text | {scores["train_documents"]:,} documents, {scores["train_bytes"]:,} bytes: {source} (Python {scores["python"]}) |
-| held-out text | {scores["held_out_documents"]:,} documents, {scores["held_out_bytes"]:,} bytes, never trained on, not by the tokenizer either |
-| task words | keys {words["train_keys"]} for training and {words["held_out_keys"]} held out, values {words["train_values"]} and \
-{words["held_out_values"]}; no word is both |
+{chr(10).join(f"| {name} | {value} |" for name, value in table.items())}
 
 Rows: {_row_shares(config["rows"])}.
 
 ## What it can do
-Facts and one question at random places of one window, filler everywhere else. "Held out" means that neither the words nor the
-text around them were used in training tasks. Right means that every token of the answer is the model's first choice.
+Facts and one question at random places of one window, filler everywhere else. "Held out" means that the words
+were used in no training task and the text around them in no training row. Right means that every token of
+the answer is the model's first choice.
 
 | task | filler | words | right | 95 % | n | answer tokens right |
 |---|---|---|---|---|---|---|
 {_task_rows(scores["tasks"])}
 
-Held-out text, in windows of {decoder["window_tokens"]} tokens that are read on their own: **{text["bits_per_byte"]:.3f} bits per byte**
-({text["nats_per_token"]:.3f} nats per token, {text["bytes_per_token"]:.2f} bytes per token, n = {text["tokens"]:,.0f} tokens).
+Held-out text, in windows of {window} tokens read on their own: **{text["bits_per_byte"]:.3f} bits per byte**
+({text["nats_per_token"]:.3f} nats per token, {text["bytes_per_token"]:.2f} bytes per token, {_scored(text)}).
 
 ## Limits
-Code-like English only. Facts must be written as in training (`remember <key> <value>;`, `recall <key> <value>;`).
-All numbers are in `scores.json`, with the configuration.
+English in source code only. Facts must be written as in training (`remember <key> <value>;`, then
+`recall <key> <value>;`). All numbers are in `scores.json`, with the configuration.
 """
 
 
+def _scored(text: dict[str, float]) -> str:
+    return f"n = {text['tokens']:,.0f} tokens"
+
+
 def _row_shares(rows: dict[str, Any]) -> str:
-    fracs = {key.removesuffix("_frac"): rows[key] for key in rows if key.endswith("_frac") and key != "no_facts_frac"}
-    shares = [f"{100 * frac:.0f} % {key.replace('_', '-')}" for key, frac in fracs.items() if frac]
+    kinds = ("key_value", "repeat", "copy_reverse", "n_back", "long_addition")
+    fracs = {kind.replace("_", "-"): rows[f"{kind}_frac"] for kind in kinds}
+    shares = [f"{100 * frac:.0f} % {kind}" for kind, frac in fracs.items() if frac]
     return ", ".join([*shares, f"{100 * (1 - sum(fracs.values())):.0f} % plain text"])
 
 
 def _task_rows(tasks: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"| {row['task'].replace('_', '-')} | {row['filler']} | {row['words'].replace('_', ' ')} | {100 * row['accuracy']:.1f} % "
-        f"| {100 * row['low']:.1f} to {100 * row['high']:.1f} | {row['n']} | {100 * row['token_accuracy']:.1f} % |"
+        f"| {row['task'].replace('_', '-')} | {row['filler']} | {row['words'].replace('_', ' ')} "
+        f"| {100 * row['accuracy']:.1f} % | {100 * row['low']:.1f} to {100 * row['high']:.1f} | {row['n']} "
+        f"| {100 * row['token_accuracy']:.1f} % |"
         for row in tasks
     )

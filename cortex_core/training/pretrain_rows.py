@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,8 +19,7 @@ from cortex_core.training.pretrain_config import PretrainConfig
 Kind = Literal["text", "key_value", "repeat", "copy_reverse", "n_back", "long_addition"]
 KINDS: tuple[Kind, ...] = ("text", "key_value", "repeat", "copy_reverse", "n_back", "long_addition")
 _FILLERS = ("text", "random")
-_EARLY_TEXT = 0.25  # share of the plain text that the early steps keep
-_EARLY_REPEAT = 0.35  # repeats among the rows that the early steps put in its place
+_EARLY_SHARES = (0.10, 0.75, 0.15, 0.0, 0.0, 0.0)  # of KINDS, until recall is learned
 
 
 class Rows(NamedTuple):
@@ -41,7 +42,13 @@ class RowSource:
     config: PretrainConfig
     vocabulary: TaskVocabulary
     corpus: Corpus
-    _tasks: dict[tuple[str, str, int], TextTask] = field(default_factory=dict, repr=False)
+    _tasks: dict[tuple[str, str, int, bool], TextTask] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def any_token(self) -> TaskVocabulary:
+        """A vocabulary whose keys and values are all shared tokens: recall must not hang on a few words."""
+        pool = MappingProxyType({"train": self.vocabulary.shared_ids})
+        return replace(self.vocabulary, keys=pool, values=pool)
 
     def batch(self, step: int) -> Rows:
         """The rows of optimizer step `step`."""
@@ -56,10 +63,11 @@ class RowSource:
     def _shares(self, step: int) -> NDArray[np.float64]:
         """Probability of each kind at this step, in the order of KINDS."""
         rows = self.config.rows
-        text = 1.0 - rows.task_frac
+        if step < rows.early_steps:
+            return np.array(_EARLY_SHARES)
         shares = np.array(
             [
-                text,
+                1.0 - rows.task_frac,
                 rows.key_value_frac,
                 rows.repeat_frac,
                 rows.copy_reverse_frac,
@@ -67,9 +75,6 @@ class RowSource:
                 rows.long_addition_frac,
             ]
         )
-        if step < rows.early_steps:
-            moved = text * (1.0 - _EARLY_TEXT)
-            shares[:3] += [-moved, moved * (1.0 - _EARLY_REPEAT), moved * _EARLY_REPEAT]
         shares = np.maximum(shares, 0.0)
         return shares / shares.sum()
 
@@ -87,19 +92,22 @@ class RowSource:
             case _:
                 filler = _FILLERS[int(rng.integers(2))]
                 queries = int(rng.integers(1, 9)) if kind == "n_back" else 1
-                example = self._task(kind, filler).in_window_example(index, window, num_queries=queries)
+                task = self._task(kind, filler, any_token=kind == "n_back" and self._any_token(rng))
+                example = task.in_window_example(index, window, num_queries=queries)
                 return self._weighted(example, filler, answered=True)
 
-    def _key_value(self, rng: np.random.Generator, index: int, window: int, early: bool) -> tuple[IntArray, NDArray, NDArray]:
+    def _key_value(
+        self, rng: np.random.Generator, index: int, window: int, early: bool
+    ) -> tuple[IntArray, NDArray, NDArray]:
         rows = self.config.rows
         filler = _FILLERS[int(rng.integers(2))]
-        pairs = 6 if rng.random() < 2 / 3 else int(rng.integers(2, rows.max_pairs + 1))
-        most = min(rows.many_queries, (window - 1) // 4 - pairs)
-        queries = most if early else int(rng.integers(1, most + 1))
+        lines = (window - 1) // len(self._task("key_value", filler).sheet(0, 1).facts[0].tokens)
+        pairs = 6 if early or rng.random() < 2 / 3 else int(rng.integers(2, rows.max_pairs + 1))
+        # At first the questions fill the window: no filler, and as much to learn from as possible.
+        queries = lines - pairs if early else int(rng.integers(1, min(rows.many_queries, lines - pairs) + 1))
         answered = rng.random() >= rows.no_facts_frac
-        example = self._task("key_value", filler, pairs).in_window_example(
-            index, window, num_queries=queries, with_facts=answered
-        )
+        task = self._task("key_value", filler, pairs=pairs, any_token=self._any_token(rng))
+        example = task.in_window_example(index, window, num_queries=queries, with_facts=answered)
         return self._weighted(example, filler, answered=answered)
 
     def _repeat(self, rng: np.random.Generator, index: int, window: int) -> tuple[IntArray, NDArray, NDArray]:
@@ -107,21 +115,25 @@ class RowSource:
         if rng.random() < 0.5:
             run = self.corpus.excerpt((self.config.seed, 14, index), period, "train")
         else:
-            usable = np.setdiff1d(self.vocabulary.random_ids, self.vocabulary.held_out_words(), assume_unique=True)
-            run = rng.choice(usable, period)
+            run = rng.choice(self.vocabulary.shared_ids, period)
         again = np.arange(window) > period
         return np.resize(run, window), np.zeros(window), self.config.repeat_weight * again
 
-    def _weighted(self, example: Example, filler: str, *, answered: bool) -> tuple[IntArray, NDArray, NDArray]:
+    def _weighted(
+        self, example: Example, filler: str, *, answered: bool
+    ) -> tuple[IntArray, NDArray, NDArray]:
         """Answers count as answers, or not at all where the facts are missing; the rest as text."""
         weight = 1.0 if filler == "text" else self.config.random_weight
         return example.tokens, weight * ~example.answer, 1.0 * example.answer * answered
 
-    def _task(self, name: Kind, filler: str, pairs: int = 6) -> TextTask:
-        key = (name, filler, pairs)
+    def _any_token(self, rng: np.random.Generator) -> bool:
+        return bool(rng.random() < self.config.rows.any_token_frac)
+
+    def _task(self, name: Kind, filler: str, *, pairs: int = 6, any_token: bool = False) -> TextTask:
+        key = (name, filler, pairs, any_token)
         if key not in self._tasks:
-            assert name != "text" and name != "repeat"
-            self._tasks[key] = build_task(
-                name, filler, self.vocabulary, self.corpus, seed=self.config.seed, num_pairs=pairs
-            )
+            assert name not in ("text", "repeat")
+            words = self.any_token if any_token else self.vocabulary
+            task = build_task(name, filler, words, self.corpus, seed=self.config.seed, num_pairs=pairs)
+            self._tasks[key] = task
         return self._tasks[key]

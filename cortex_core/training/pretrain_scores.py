@@ -38,11 +38,13 @@ def score_tasks(
 ) -> Rows:
     """One row per task and filler, facts and one question at random places of one window.
 
-    `accuracy` is the share of examples whose whole answer is right, with its 95 % Wilson bounds; `token_accuracy` the share
-    of answer tokens, each predicted after the right ones before it. Key-value is also asked with training words.
+    `accuracy` is the share of examples whose whole answer is right, with its 95 % Wilson bounds;
+    `token_accuracy` the share of answer tokens, each predicted after the right ones before it. Key-value is
+    also asked with training words.
     """
     rows: Rows = []
-    for task, split in [*((name, "held_out") for name in SCORED), ("key_value", "train")]:
+    subjects: list[tuple[TaskName, Split]] = [(name, "held_out") for name in SCORED]
+    for task, split in [*subjects, ("key_value", "train")]:
         for filler in FILLERS:
             progress(f"{task}, {filler} filler, {split} words")
             subject = build_task(task, filler, vocabulary, corpus, split=split, seed=SCORE_SEED)
@@ -66,9 +68,14 @@ def score_tasks(
 
 
 def bits_per_byte(
-    model: nn.Module, corpus: Corpus, *, window_tokens: int, split: Split = "held_out", max_windows: int | None = None
+    model: nn.Module,
+    corpus: Corpus,
+    *,
+    window_tokens: int,
+    split: Split = "held_out",
+    max_windows: int | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy on the text of a split, cut into windows that are read on their own; the first token is not scored.
+    """Cross-entropy on the text of a split, in windows read on their own; their first token is not scored.
 
     Returns bits per byte, nats per token, bytes per token, and the number of tokens scored.
     """

@@ -1,0 +1,45 @@
+"""A training checkpoint: sidecars, optimizer, weight average, random state and the data cursor. Safetensors and JSON.
+
+It does not know how many workers wrote it: data and gradients depend on the step alone, so any number can go on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cortex_core.errors import DataError
+from cortex_core.training.loop import Learner
+
+SCHEMA = "cortex-checkpoint/1"
+TENSORS, COUNTERS = "training.safetensors", "training.json"
+
+
+def save(folder: Path, learner: Learner) -> None:
+    """Write the learner's state into an existing folder, the counters last: a folder without them is not whole."""
+    tensors, counters = learner.state()
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    tensors["random_state"] = torch.get_rng_state()
+    save_file(tensors, folder / TENSORS)
+    (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters}))
+
+
+def load(folder: Path, learner: Learner) -> None:
+    """Continue from `save`. Raises DataError for a checkpoint that is not whole or of another configuration."""
+    try:
+        counters = json.loads((folder / COUNTERS).read_text())
+        tensors = load_file(folder / TENSORS)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise DataError(f"checkpoint {folder}: not whole ({type(error).__name__}: {error})") from error
+    if counters.get("schema") != SCHEMA:
+        raise DataError(f"checkpoint {folder}: schema is {counters.get('schema')!r}, this version reads {SCHEMA!r}")
+    expected = {f"weights.{name}": p.shape for name, p in learner.parameters.items()}
+    found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
+    if expected != found:
+        raise DataError(f"checkpoint {folder}: is of another memory (fast_weights or backbone differ); use another run name")
+    torch.set_rng_state(tensors.pop("random_state"))
+    learner.restore(tensors, counters)

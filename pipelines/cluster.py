@@ -1,0 +1,221 @@
+"""Ray for the length of one run: started on this machine, or joined where it runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import ray
+from ray._private.state import state as ray_state
+from ray.train import FailureConfig, ScalingConfig
+
+from cortex_core.errors import ConfigError
+from pipelines.actors import disconnect
+from pipelines.config import ClusterConfig
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""For a Ray started here: only the training function, configurations and metrics pass through it."""
+ANSWER_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def connect(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray while the block runs. What was started here is gone afterwards, what was joined stays.
+
+    Joins `cluster.address`, or the cluster that RAY_ADDRESS names (a submitted job has it); without either,
+    Ray is started on this machine. A process that is connected already stays as it is; without workers
+    nothing happens. Within the block SIGTERM does what Ctrl-C does, so that `kill` cleans up, too.
+
+    Raises ConfigError: the workers cannot fit, or no cluster answers. Before anything is started.
+    """
+    if cluster.num_workers == 0:
+        yield
+        return
+    if ray.is_initialized():
+        _check_cluster(cluster)
+        yield
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    variables = environment(cluster)
+    if address is None:
+        _check_this_machine(cluster)
+    else:
+        _check_answers(address)
+    before = signal.getsignal(signal.SIGTERM)
+    with _exported(variables):
+        try:
+            _start(cluster) if address is None else _join(address, variables)
+            _on_sigterm(_interrupt)  # Ray has set one that exits on the spot
+            _check_cluster(cluster)
+            yield
+        finally:
+            disconnect()
+            _on_sigterm(before)
+
+
+def environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Variables for driver, controller and workers. What the shell or the submitted job has set stays."""
+    threads = str(cluster.worker_threads)
+    wanted = {
+        # A worker's report is taken up when the controller looks next, by default every 2 s.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.worker_start_timeout_s),
+        "RAY_TRAIN_METRICS_ENABLED": "0",  # for Prometheus; metrics go to MLflow
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if not cluster.use_gpu:
+        wanted["DS_ACCELERATOR"] = "cpu"
+    if cluster.address is None:
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine goes away
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def quiet_worker() -> None:
+    """In a worker: what frameworks have to say goes to Ray's log files, and only from errors up."""
+    for name in ("ray.train", "transformers", "deepspeed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def scaling(cluster: ClusterConfig) -> ScalingConfig:
+    """What Ray Train reserves."""
+    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    return ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=each)
+
+
+def failure(cluster: ClusterConfig) -> FailureConfig:
+    """How often Ray Train brings workers back. It would try to place them without end; here it may not."""
+    limit = cluster.max_failures
+    return FailureConfig(max_failures=limit, controller_failure_limit=limit)
+
+
+def quiet_worker() -> None:
+    """Call first on a worker: of its frameworks, only errors are heard. They go to Ray's session logs."""
+    warnings.simplefilter("ignore")
+    for name in ("ray.train", "transformers", "DeepSpeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _start(cluster: ClusterConfig) -> None:
+    # Ray asks for a token unless RAY_AUTH_MODE says otherwise, and rightly: who reaches its ports runs code
+    # as this user. This token is known to this process and its children; by default Ray leaves one in the
+    # home directory.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        num_cpus=_cpus_here(),
+        num_gpus=_gpus_here() if cluster.use_gpu else 0,
+        object_store_memory=OBJECT_STORE_BYTES,
+        # Ray Train would ask it whether a driver was killed, to free its workers. Here they die with the
+        # driver.
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _join(address: str, variables: Mapping[str, str]) -> None:
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": dict(variables)},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        _refuse_address(address, error)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for a minute."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        except OSError as error:
+            _refuse_address(address, error)
+
+
+def _refuse_address(address: str, error: Exception) -> NoReturn:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise ConfigError(
+        f"cluster.address = {address}: no Ray cluster can be joined there ({reason}). "
+        "Start one (ray start --head), or unset cluster.address and RAY_ADDRESS to start Ray on this machine"
+    ) from error
+
+
+def _check_this_machine(cluster: ClusterConfig) -> None:
+    here = {"CPU": _cpus_here(), "GPU": _gpus_here() if cluster.use_gpu else 0}
+    _check_fits(cluster, [here], "this machine has")
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    if ray_state.get_max_resources_from_cluster_config():
+        return  # it grows on demand; Ray Train compares with what it can grow to
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    _check_fits(cluster, nodes, "this Ray cluster has")
+
+
+def _check_fits(cluster: ClusterConfig, nodes: list[dict[str, Any]], there: str) -> None:
+    """A worker needs all of its share on one node."""
+    workers, each = cluster.num_workers, cluster.cpus_per_worker
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if cluster.use_gpu and gpus < workers:
+        fewer = f"cluster.num_workers={gpus}, or " if gpus else ""
+        raise ConfigError(
+            f"cluster.use_gpu = true: cluster.num_workers = {workers} needs {workers} GPUs, one each, "
+            f"but {there} {gpus}. Set {fewer}cluster.use_gpu=false"
+        )
+    room = sum(int(node.get("CPU", 0) / each + 1e-9) for node in nodes)
+    if room < workers:
+        cpus = sum(node.get("CPU", 0) for node in nodes)
+        fewer = f"cluster.num_workers={room} or less, or " if room else ""
+        raise ConfigError(
+            f"cluster.num_workers = {workers}: with cluster.cpus_per_worker = {each:g}, {there} room for "
+            f"{room} ({cpus:g} CPUs). Set {fewer}cluster.cpus_per_worker lower: "
+            "it is a reservation, CPUs can be shared"
+        )
+
+
+def _cpus_here() -> int:
+    """CPUs that this process may run on: fewer than the machine has under taskset or in a cpuset."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextmanager
+def _exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """In the environment, for what is started meanwhile."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
+
+
+def _on_sigterm(handler: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

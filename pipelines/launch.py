@@ -1,0 +1,96 @@
+"""Runs a worker function on the cluster under Ray Train, or in this process, and returns its last checkpoint's folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from pipelines import cluster, worker
+from pipelines.config import RunConfig
+from pipelines.progress import run_to_end
+from pipelines.runs import Run
+
+Job = Literal["train", "evaluate"]
+KEPT_CHECKPOINTS = 2
+
+
+def launch(
+    job: Job, config: RunConfig, run: Run, callbacks: Sequence[UserCallback], sidecars: Path | None = None
+) -> Path:
+    """Run a job to its end, from its last checkpoint. Returns a local folder with the files of its last report.
+
+    Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on Ctrl-C.
+    """
+    settings = {"job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None}
+    if config.cluster.num_workers == 0:
+        return _in_this_process(settings, run, callbacks)
+    trainer = TorchTrainer(
+        on_worker,
+        train_loop_config=settings,
+        scaling_config=cluster.scaling(config.cluster),
+        run_config=ray.train.RunConfig(
+            name=run.storage_name if job == "train" else f"{run.storage_name}-evaluation",
+            storage_path=config.cluster.storage_path or str(run.checkpoints),
+            failure_config=cluster.failure(config.cluster),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            callbacks=list(callbacks),
+            worker_runtime_env={"env_vars": cluster.environment(config.cluster)},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    result = run_to_end(trainer)
+    assert result.checkpoint is not None
+    local = Path(tempfile.mkdtemp(prefix="cortex-result-"))
+    result.checkpoint.to_directory(local)
+    return local
+
+
+def on_worker(settings: dict[str, Any]) -> None:
+    """What Ray Train calls on each worker."""
+    cluster.quiet_worker()
+    context = ray.train.get_context()
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        checkpoint = None if folder is None else Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    def resume_from() -> Path | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        return Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="cortex-resume-")))
+
+    _do(settings, worker.Edge(context.get_world_rank(), context.get_world_size(), report, resume_from))
+
+
+def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[UserCallback]) -> Path:
+    """The same worker without Ray: one process, checkpoints straight into the run's folder."""
+    root = run.checkpoints / run.storage_name
+    last = root / "last"
+
+    def report(metrics: dict[str, float], folder: Path | None) -> None:
+        if folder is not None:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder, root / "next", dirs_exist_ok=True)
+            shutil.rmtree(last, ignore_errors=True)
+            (root / "next").rename(last)
+        for callback in callbacks:
+            callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
+
+    _do(settings, worker.Edge(0, 1, report, lambda: last if last.is_dir() else None))
+    return last
+
+
+def _do(settings: dict[str, Any], edge: worker.Edge) -> None:
+    config = RunConfig.model_validate_json(settings["config"])
+    if settings["job"] == "train":
+        worker.train(config, edge)
+    else:
+        worker.evaluate(config, edge, Path(settings["sidecars"]))

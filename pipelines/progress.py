@@ -1,0 +1,235 @@
+"""One line that says where the run is: a bar on a terminal, a plain line now and then anywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import Checkpoint, Result, UserCallback
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from pipelines.actors import ask, on_head, send
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+PHASES = ("loading the backbone", "training", "evaluating", "collecting results")
+"""What the number `phase` of a worker's report means."""
+PLAIN_EVERY_S, STILL_EVERY_S, POLL_S, ABORT_TIMEOUT_S = 10.0, 60.0, 0.5, 20.0
+
+
+class Mailbox:
+    """Reports on their way from Ray Train's controller to the driver. The newest win if nobody takes them."""
+
+    def __init__(self, size: int = 1000) -> None:
+        self._items: deque[dict[str, Any]] = deque(maxlen=size)
+
+    def post(self, item: dict[str, Any]) -> None:
+        """Leave a report."""
+        self._items.append(item)
+
+    def take(self) -> list[dict[str, Any]]:
+        """All reports since the last call, oldest first."""
+        items = []
+        while self._items:
+            items.append(self._items.popleft())
+        return items
+
+
+class ProgressCallback(UserCallback):
+    """Posts what rank 0 reports, and failures of workers, into a mailbox: an object, or an actor's handle."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Called with one dict per rank after all of them have reported."""
+        self._post(dict(metrics[0]))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called when workers have failed; Ray Train then starts them again or gives up."""
+        rank, error = min(worker_exceptions.items())
+        self._post({"failure": f"worker {rank} failed: {_last_line(error)}"})
+
+    def _post(self, item: dict[str, Any]) -> None:
+        with contextlib.suppress(RayError):  # nobody trains less well for want of a progress bar
+            send(self._mailbox.post, item)
+
+
+class Progress:
+    """Shows phases, then step, loss, accuracy, tokens per second and the time left.
+
+    Reports may hold `phase` (an index into PHASES), `step`, `evaluated_frac` and metrics. They come through
+    `callback()`, polled by a thread, with Ray or without.
+    """
+
+    def __init__(self, console: Console | None = None, *, total: int) -> None:
+        self._console, self._total = console or Console(), total
+        self._phase, self._numbers = "", ""
+        self._first: tuple[int, float] | None = None  # first step of this run's own, and when
+        self._phase_began = self._said = self._news = time.monotonic()
+        self._mailbox: Any = None
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._bar, self._task = None, TaskID(0)
+        if self._console.is_terminal:
+            self._bar = Bar(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(),
+                TextColumn("{task.fields[numbers]}", style="dim"), console=self._console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=None, numbers="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exit_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def callback(self) -> ProgressCallback:
+        """For Ray Train's `RunConfig(callbacks=[...])`, once Ray runs; without, call its `after_report`."""
+        self._mailbox = on_head(Mailbox) if ray.is_initialized() else Mailbox()
+        return ProgressCallback(self._mailbox)
+
+    def phase(self, name: str) -> None:
+        """From now on the run is busy with `name`."""
+        with self._lock:
+            self._drain()
+            self._begin(name)
+
+    def show(self, report: Mapping[str, Any]) -> None:
+        """Take in one report."""
+        with self._lock:
+            self._take_in(report)
+
+    # --- what follows runs under the lock; the thread takes it itself
+
+    def _follow(self) -> None:
+        while not self._closing.wait(POLL_S):
+            with self._lock:
+                self._drain()
+                if self._bar is None and time.monotonic() - max(self._said, self._news) > STILL_EVERY_S:
+                    self._say(f"{self._phase}, {_duration(time.monotonic() - self._phase_began)} so far")
+        with self._lock:
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._mailbox is None:
+            return
+        try:
+            for report in ask(self._mailbox.take, timeout_s=2.0):
+                self._take_in(report)
+        except Exception:  # Ray is being shut down, or too busy: there is nothing to show, that is all
+            return
+
+    def _take_in(self, report: Mapping[str, Any]) -> None:
+        self._news = time.monotonic()
+        if "failure" in report:
+            self._say(escape(report["failure"]))
+            self._first = None
+            self._begin("starting the workers again")
+        if "phase" in report:
+            self._begin(PHASES[int(report["phase"])])
+        if "evaluated_frac" in report:
+            self._draw(report["evaluated_frac"], 1.0, "")
+        elif "step" in report and self._phase == PHASES[1]:
+            self._step(int(report["step"]), report)
+
+    def _begin(self, phase: str) -> None:
+        if phase == self._phase:
+            return
+        self._phase, self._phase_began = phase, time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._task, total=None, description=phase, numbers="")
+        else:
+            self._say(phase)
+
+    def _step(self, step: int, report: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        parts = [f"step {step}/{self._total}"]
+        for name, text in SHOWN.items():
+            if name in report:
+                parts.append(text(float(report[name])))
+        done, elapsed = step - self._first[0], now - self._first[1]
+        if done > 0 and step < self._total:
+            parts.append(f"{_duration(elapsed / done * (self._total - step))} left")
+        self._draw(step, self._total, "  ".join(parts))
+
+    def _draw(self, completed: float, total: float, numbers: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, total=total, numbers=numbers)
+        elif completed >= total or time.monotonic() - self._said >= PLAIN_EVERY_S:
+            self._say(f"{self._phase}  {numbers or f'{completed / total:.0%}'}")
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def run_to_end(trainer: TorchTrainer) -> Result:
+    """`trainer.fit()`, which Ctrl-C ends cleanly: workers stopped, then KeyboardInterrupt. A second Ctrl-C
+    forces.
+
+    Fitting a trainer of the same name and storage path resumes from its last checkpoint. Raises what `fit`
+    raises.
+    """
+    controllers: list[Any] = []
+    # Ray's own handler stays installed after the run and ends the process as if all were well. This is where
+    # `fit` would install it, and the only place where it shows its controller.
+    trainer._register_sigint_handler = controllers.append  # type: ignore[method-assign]
+    try:
+        return trainer.fit()
+    except KeyboardInterrupt:
+        for controller in controllers:
+            _abort(controller)
+        raise
+
+
+def _abort(controller: Any) -> None:
+    try:
+        ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+    except RayError:  # it ends itself when it is done; or it is too busy to answer
+        pass
+    finally:
+        ray.kill(controller)
+
+
+SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.3f}".format,
+    "accuracy": "accuracy {:.1%}".format,
+    "throughput/tokens_per_s": lambda rate: f"{_thousands(rate)} tokens/s",
+}
+"""Metrics that the line shows, in this order."""
+
+
+def _thousands(rate: float) -> str:
+    return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _last_line(error: Exception) -> str:
+    """Of an error with its worker's traceback in it, the part that says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

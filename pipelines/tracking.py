@@ -1,0 +1,286 @@
+"""The one place that writes MLflow.
+
+The driver starts and finishes a run (`start`, `TrackedRun`); metrics come from a callback on Ray Train's
+controller (`MlflowCallback`). A store that does not answer stops a run at its start, with one line, and never
+later: what cannot be sent waits, is tried again, and at the end lies in `unsent_metrics.jsonl` in the run's
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from ray.train import Checkpoint, UserCallback
+
+from cortex_core.errors import ConfigError
+from pipelines.config import DATABASE_FILE, RunConfig
+from pipelines.metric_log import MetricLog, absolute, check_answers, first_line, open_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+ARTIFACTS = "mlartifacts"
+"""Folder beside a local database. A server decides for itself where artifacts go."""
+UNSENT_FILE, UNSENT_BY_DRIVER_FILE = "unsent_metrics.jsonl", "unsent_metrics_of_driver.jsonl"
+DIFF_FILE = "source.diff"
+POSITION = ("step", "phase", "evaluated_frac")
+"""What a report says about where the run is; the rest are metrics."""
+CURVES = ("loss", "accuracy", "throughput/tokens_per_s")
+SYSTEM_METRICS_INTERVAL_S = 10
+MAX_PARAMS_PER_CALL, MAX_PARAM_CHARACTERS, MAX_DIFF_BYTES = 100, 6000, 5_000_000
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class MlflowCallback(UserCallback):
+    """Writes what rank 0 reports with a `step`. Runs on Ray Train's controller; in local mode call it
+    directly.
+
+    A step that a restarted worker or a resumed run goes through again is written once. Reports without a step
+    only say how far the run is.
+    """
+
+    def __init__(self, log: MetricLog) -> None:
+        self._log = log
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Called with one dict per rank after all of them have reported."""
+        reported = {name: value for name, value in metrics[0].items() if name not in POSITION}
+        if "step" in metrics[0]:
+            self._log.write(reported, step=int(metrics[0]["step"]))
+
+
+class TrackedRun:
+    """A run in MLflow, written by the driver. As a context manager it finishes with the status that fits."""
+
+    def __init__(self, client: MlflowClient, run: Run, uri: str, config: RunConfig) -> None:
+        self.run_id: str = run.info.run_id
+        """MLflow's id; give it to `start` to continue this run."""
+        self.uri = uri
+        self.unsent = config.run_dir / UNSENT_FILE
+        """Where metrics wait that could not be sent; there is no such file while all is well."""
+        self._client, self._config, self._experiment_id = client, config, run.info.experiment_id
+        self._log = MetricLog(uri, self.run_id, config.run_dir / UNSENT_BY_DRIVER_FILE)
+        self._monitor: Any = None
+        self._problems: list[str] = []
+        self._finished = False
+
+    def __enter__(self) -> TrackedRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        self.finish("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+
+    def callback(self) -> MlflowCallback:
+        """For `RunConfig(callbacks=[...])` of Ray Train."""
+        return MlflowCallback(MetricLog(self.uri, self.run_id, self.unsent))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Numbers of the driver's own, such as the evaluation. Not those that go through the callback."""
+        self._log.write(metrics, step)
+
+    def log_artifacts(self, paths: Iterable[Path], folder: str | None = None) -> None:
+        """Files and folders, copied into the run's artifacts."""
+        for path in paths:
+            send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            inside = "/".join(filter(None, [folder, path.name])) if path.is_dir() else folder
+            self._record(str(path), lambda send=send, path=path, at=inside: send(self.run_id, str(path), at))
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """A matplotlib figure, under a file name such as `reach.png`."""
+        self._record(name, lambda: self._client.log_figure(self.run_id, figure, name))
+
+    def log_table(self, rows: list[dict[str, Any]], name: str) -> None:
+        """Rows with the same keys, under a name ending in `.json`; MLflow compares tables across runs."""
+        columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+        self._record(name, lambda: self._client.log_table(self.run_id, columns, name))
+
+    def history(self) -> list[dict[str, float]]:
+        """The course of training, to be drawn: rows of `step` and those of CURVES that were reported then."""
+        rows: dict[int, dict[str, float]] = {}
+
+        def read() -> None:
+            for name in CURVES:
+                for point in self._client.get_metric_history(self.run_id, name):
+                    row = rows.setdefault(point.step, {"step": point.step})
+                    row[name.rpartition("/")[2]] = point.value
+
+        self._record("training curves", read)
+        return [row for _, row in sorted(rows.items())]
+
+    def history(self) -> list[dict[str, float]]:
+        """What was logged at each step, ascending: one dict a step with `step` and the metrics; empty if MLflow is away."""
+        steps: dict[int, dict[str, float]] = {}
+        try:
+            for name in self._client.get_run(self.run_id).data.metrics:
+                if not name.startswith("system/"):
+                    for point in self._client.get_metric_history(self.run_id, name):
+                        steps.setdefault(point.step, {"step": point.step})[name] = point.value
+        except Exception as error:  # a picture is not worth a run
+            self._problems.append(f"the training curves could not be read back from MLflow ({first_line(error)})")
+            return []
+        return [steps[step] for step in sorted(steps)]
+
+    def finish(self, status: Status = "FINISHED") -> list[str]:
+        """Close the run. Returns one line for each thing that MLflow did not take; the first call counts."""
+        if self._finished:
+            return self._problems
+        self._finished = True
+        if self._monitor is not None:
+            self._monitor.finish()
+        # What the controller could not send is in the file by now; this is the last attempt.
+        for log in (MetricLog(self.uri, self.run_id, self.unsent), self._log):
+            if waiting := log.flush():
+                self._problems.append(
+                    f"{waiting} metric values did not reach MLflow at {self.uri}: kept in {log.unsent}"
+                )
+        self._record(f"status {status}", lambda: self._client.set_terminated(self.run_id, status))
+        return self._problems
+
+    def ui_command(self) -> str:
+        """What to type to see this run; empty if a server shows it already."""
+        return "" if self._served else f"cortex ui {os.path.relpath(Path(self._config.out_dir).absolute())}"
+
+    @property
+    def url(self) -> str:
+        """Page of this run: at the tracking server, or where `ui_command()` serves it."""
+        host = self.uri.rstrip("/") if self._served else "http://127.0.0.1:5000"
+        return f"{host}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+
+    @property
+    def _served(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+    def _record(self, what: str, send: Callable[[], object]) -> None:
+        try:
+            check_answers(self.uri)
+            send()
+        except Exception as error:  # a sink may not fail a run that has started
+            self._problems.append(f"{what}: MLflow at {self.uri} failed ({first_line(error)})")
+
+    def _watch_system(self, resumed: bool) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, SYSTEM_METRICS_INTERVAL_S, resume_logging=resumed, tracking_uri=self.uri
+        )
+        self._monitor.start()
+
+
+def start(config: RunConfig, *, run_id: str | None = None) -> TrackedRun:
+    """Open a run in MLflow, or go on with `run_id`; call it in the driver, before anything expensive.
+
+    Creates the database and the experiment where needed, once, so that no worker has to. Parameters are the
+    resolved configuration under dotted names. The git revision goes into tags, what differs from it into an
+    artifact. A `run_id` that the store does not know gives a new run.
+
+    Raises ConfigError: the store cannot be reached or used.
+    """
+    uri = absolute(config.tracking_uri)
+    try:
+        check_answers(uri)
+        client = open_client(uri)
+        run, resumed = _open_run(client, config, run_id)
+        _log_config(client, run, config)
+        _log_source(client, run.info.run_id)
+        tracked = TrackedRun(client, run, uri, config)
+        if config.tracking.system_metrics:
+            tracked._watch_system(resumed)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever mlflow, sqlalchemy or requests raise
+        raise ConfigError(
+            f"tracking.uri = {uri}: MLflow cannot be used there ({first_line(error)}). "
+            "Start the server or correct the address, or leave tracking.uri unset to use "
+            f"{DATABASE_FILE} in out_dir"
+        ) from error
+    return tracked
+
+
+def _open_run(client: MlflowClient, config: RunConfig, run_id: str | None) -> tuple[Run, bool]:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is not None:
+        try:
+            run = client.get_run(run_id)
+            if run.info.lifecycle_stage == "active":
+                client.update_run(run_id, status="RUNNING")
+                return run, True
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return client.create_run(_experiment(client, config), run_name=config.name), False
+
+
+def _experiment(client: MlflowClient, config: RunConfig) -> str:
+    name = config.tracking.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = absolute(config.tracking_uri).removeprefix("sqlite:///")
+        local = (Path(database).parent / ARTIFACTS).as_uri() if database.startswith("/") else None
+        return client.create_experiment(name, artifact_location=local)
+    if found.lifecycle_stage != "active":
+        raise ConfigError(
+            f"tracking.experiment = {name}: was deleted in MLflow. Restore it "
+            f"(mlflow experiments restore --experiment-id {found.experiment_id}), or choose another name"
+        )
+    return found.experiment_id
+
+
+def _log_config(client: MlflowClient, run: Run, config: RunConfig) -> None:
+    """Parameters in MLflow are written once; a resumed run that has other values now says so in tags."""
+    from mlflow.entities import Param
+
+    before, now = run.data.params, _flatten(config.model_dump(mode="json"))
+    new = [Param(name, value) for name, value in now.items() if name not in before]
+    for first in range(0, len(new), MAX_PARAMS_PER_CALL):
+        client.log_batch(run.info.run_id, params=new[first : first + MAX_PARAMS_PER_CALL])
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            client.set_tag(run.info.run_id, f"resumed_with.{name}", value)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            flat[prefix + name] = text[:MAX_PARAM_CHARACTERS]
+    return flat
+
+
+def _log_source(client: MlflowClient, run_id: str) -> None:
+    """Which code this is. An installed package has no revision, which is fine."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return  # or it lies, installed, inside somebody else's repository
+    revision = _git("rev-parse", "HEAD") or ""
+    client.set_tag(run_id, "mlflow.source.git.commit", revision.strip())
+    changed = _git("status", "--porcelain") or ""
+    client.set_tag(run_id, "source.dirty", str(bool(changed)).lower())
+    if changed:
+        diff = f"{changed}\n{_git('diff', 'HEAD') or ''}"
+        client.log_text(run_id, diff[:MAX_DIFF_BYTES], DIFF_FILE)
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")

@@ -1,0 +1,107 @@
+"""`cortex train`: the driver of one run, and the command of a submitted job (`python -m pipelines.train RECIPE …`).
+
+It reads as the run goes: open the folder, start the cluster, train and evaluate on the workers, publish what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines import cluster, tracking
+from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.launch import launch
+from pipelines.progress import Progress
+from pipelines.report import print_summary, write_report
+from pipelines.runs import open_run
+from pipelines.tracking import TrackedRun
+from pipelines.worker import EVALUATION
+
+REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed", "mlflow")
+
+
+def run(config: RunConfig) -> int:
+    """Train, evaluate and report; resumes a run of this name that did not finish. Returns the exit code."""
+    console = Console()
+    record, resumed = open_run(config)
+    console.print(f"{'Resuming' if resumed else 'Starting'} [bold]{config.name}[/] in {config.run_dir}")
+    with Progress(console, total=config.training.steps) as progress:
+        progress.phase("opening MLflow")
+        with tracking.start(config, run_id=record.mlflow_run_id) as tracked:
+            record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
+            progress.phase("starting the cluster")
+            with cluster.connect(config.cluster):
+                finished = launch("train", config, record, callbacks=[tracked.callback(), progress.callback()])
+            progress.phase("writing the report")
+            document = publish(config, finished, tracked)
+    record.update(state="FINISHED")
+    print_summary(document, console)
+    print_where(config, tracked, console)
+    return 0
+
+
+def publish(config: RunConfig, finished: Path, tracked: TrackedRun) -> dict[str, Any]:
+    """Copy the result out of the last checkpoint, draw it, and file it under the MLflow run."""
+    folder = config.run_dir
+    _replace_folder(finished / SIDECARS_FOLDER, folder / SIDECARS_FOLDER)
+    document = complete(config, json.loads((finished / EVALUATION).read_text()))
+    written = write_report(document, folder, tracked.history())
+    tracked.log_metrics(headline(document), step=config.training.steps)
+    tracked.log_table(document["rows"], "evaluation_rows.json")
+    tracked.log_artifacts([*written.values(), folder / SIDECARS_FOLDER])
+    return document
+
+
+def complete(config: RunConfig, document: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation document with what only the driver knows."""
+    return document | {
+        "schema": 1,
+        "run": config.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.model_dump(mode="json"),
+        "versions": {name: metadata.version(name) for name in REPORTED_VERSIONS},
+    }
+
+
+def headline(document: dict[str, Any]) -> dict[str, float]:
+    """The numbers by which two runs are compared in MLflow."""
+    numbers = {
+        f"recall/{row['task']}/{row['filler']}/gap_{row['gap_tokens']:07d}/memory_{row['memory']}": row["accuracy"]
+        for row in document["rows"]
+    }
+    drift = document.get("drift", {})
+    numbers |= {f"drift/{name}": value for name, value in drift.items() if isinstance(value, float)}
+    numbers["memory/state_bytes"] = float(document["state_bytes"])
+    return numbers
+
+
+def print_where(config: RunConfig, tracked: TrackedRun, console: Console) -> None:
+    """Where everything is."""
+    for problem in tracked.finish():
+        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
+    console.print(f"Report    {config.run_dir / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"Picture   {config.run_dir / 'reach.png'}", soft_wrap=True, highlight=False)
+    console.print(f"Sidecars  {config.run_dir / SIDECARS_FOLDER}", soft_wrap=True, highlight=False)
+    command = tracked.ui_command()
+    console.print(f"MLflow    {tracked.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

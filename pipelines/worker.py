@@ -1,0 +1,165 @@
+"""What runs on every worker: build, train, evaluate. No Ray Train handle is touched but through `Edge`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cortex_core.backbone.fingerprint import fingerprint
+from cortex_core.backbone.load import load_tokenizer
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.sidecar_files import read, restore, write
+from cortex_core.eval.suite import Suite
+from cortex_core.tasks.corpus import Corpus, load_corpus
+from cortex_core.tasks.mixture import Mixture
+from cortex_core.tasks.vocabulary import TaskVocabulary
+from cortex_core.training import checkpoint
+from cortex_core.training.batches import BatchSource
+from cortex_core.training.loop import Learner
+from cortex_core.training.objectives import ReadingLoss
+from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.sharding import Shards, load_backbone, replicate
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The worker's side of the cluster: who it is, and how it reports."""
+
+    rank: int
+    world_size: int
+    report: Callable[[dict[str, float], Path | None], None]
+    """(metrics, folder of a checkpoint on rank 0 or None). Every worker calls it equally often."""
+    resume_from: Callable[[], Path | None]
+    """Local folder of the last checkpoint, if there is one."""
+
+
+def train(config: RunConfig, edge: Edge) -> None:
+    """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints."""
+    torch.set_num_threads(config.cluster.worker_threads)
+    torch.manual_seed(config.seed)
+    edge.report({"phase": 0.0}, None)
+    model, shards = build(config)
+    tokenizer = load_tokenizer(config.backbone)
+    vocabulary, corpus = TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer)
+    objective = replicate(ReadingLoss(model, config.training))
+    learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
+    backbone = fingerprint(model.backbone, shards.gathered)
+    if (folder := edge.resume_from()) is not None:
+        checkpoint.load(folder, learner)
+    _train_steps(config, edge, learner, _batches(config, vocabulary, corpus), backbone)
+    with learner.averaged():
+        document = _suite(config, edge, vocabulary, corpus).run(model)
+    document["backbone_parameters"] = shards.total_numel
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = _save(Path(scratch), learner, config, backbone, document) if edge.rank == 0 else None
+        edge.report({"phase": 3.0, "step": learner.step_number}, saved)
+
+
+def evaluate(config: RunConfig, edge: Edge, sidecars: Path) -> None:
+    """Evaluate saved sidecars; the document is reported as a checkpoint."""
+    torch.set_num_threads(config.cluster.worker_threads)
+    model, shards = build(config)
+    tokenizer = load_tokenizer(config.backbone)
+    restore(model.sidecars, read(sidecars), fingerprint(model.backbone, shards.gathered))
+    suite = _suite(config, edge, TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer))
+    document = suite.run(model) | {"backbone_parameters": shards.total_numel}
+    with tempfile.TemporaryDirectory() as scratch:
+        if edge.rank == 0:
+            (Path(scratch) / EVALUATION).write_text(json.dumps(document))
+        edge.report({"phase": 3.0}, Path(scratch) if edge.rank == 0 else None)
+
+
+def build(config: RunConfig) -> tuple[Cortex, Shards]:
+    """The backbone as this worker holds it, with new sidecars: equal on all workers, because the seed is."""
+    backbone, shards = load_backbone(config.backbone, stage=config.sharding.stage, offload=config.sharding.offload)
+    torch.manual_seed(config.seed)
+    model = Cortex.attach(backbone, config.fast_weights, config.backbone.segment_tokens)
+    if config.training.gradient_checkpointing:
+        model.checkpoint_gradients()
+    return model, shards
+
+
+def _train_steps(config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str) -> None:
+    training, window = config.training, _Window()
+    while learner.step_number < training.steps:
+        step = learner.step_number
+        window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), batches.tokens(step))
+        done = learner.step_number
+        due = done % training.checkpoint_every_steps == 0 or done == training.steps
+        if due or done % training.report_every_steps == 0:
+            with tempfile.TemporaryDirectory() as scratch:
+                saved = _save(Path(scratch), learner, config, backbone) if due and edge.rank == 0 else None
+                edge.report({"phase": 1.0, "step": done, **window.means()}, saved)
+
+
+class _Window:
+    """Means over the steps since the last report."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def add(self, metrics: dict[str, float], tokens: int) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        self.tokens += tokens
+
+    def means(self) -> dict[str, float]:
+        """Of everything since the last call; also the speed over all workers."""
+        seconds = time.perf_counter() - self.since
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        means |= {"throughput/tokens_per_s": self.tokens / seconds, "throughput/steps_per_s": self.steps / seconds}
+        self.__init__()
+        return means
+
+
+def _batches(config: RunConfig, vocabulary: TaskVocabulary, corpus: Corpus) -> BatchSource:
+    long = Mixture.from_config(config.tasks, vocabulary, corpus, seed=config.seed)
+    windows = config.tasks.model_copy(update={"names": (*config.tasks.names, "corpus")})
+    in_window = Mixture.from_config(windows, vocabulary, corpus, seed=config.seed + 1)
+    needed = max(task.overhead_tokens(0, num_queries=config.tasks.num_queries) for task in long.tasks)
+    narrowest = -(-needed // config.fast_weights.chunk_size) * config.fast_weights.chunk_size
+    return BatchSource(
+        long, in_window, config.tasks, config.training, config.backbone.segment_tokens, narrowest, config.seed
+    )
+
+
+def _suite(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpus: Corpus) -> Suite:
+    def gather(mine: Any) -> list[Any]:
+        if edge.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * edge.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def on_progress(done_frac: float) -> None:
+        edge.report({"phase": 2.0, "evaluated_frac": done_frac}, None)
+
+    return Suite(
+        config.evaluation, vocabulary, corpus, config.tasks.num_pairs, config.seed, edge.rank, edge.world_size,
+        gather, on_progress,
+    )  # fmt: skip
+
+
+def _save(
+    folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None = None
+) -> Path:
+    """Everything that a checkpoint holds: training state, sidecars as users load them, and the evaluation if there is one."""
+    checkpoint.save(folder, learner)
+    weights = {name.removeprefix("average."): value for name, value in learner.state()[0].items() if name.startswith("average.")}
+    write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
+    if document is not None:
+        (folder / EVALUATION).write_text(json.dumps(document))
+    return folder

@@ -1,0 +1,1 @@
+"""Tests of attaching, reading, sessions and generation."""

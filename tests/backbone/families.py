@@ -1,0 +1,63 @@
+"""Tiny random models of every family that the memory is tested on."""
+
+from __future__ import annotations
+
+import torch
+import transformers as tf
+from torch import nn
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.config import FastWeightsConfig
+
+VOCAB, SEGMENT, CHUNK = 96, 32, 8
+
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GROUPED = _SIZES | {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": tf.LlamaConfig(**_GROUPED),
+    "mistral": tf.MistralConfig(**_GROUPED, sliding_window=16),
+    "qwen2": tf.Qwen2Config(**_GROUPED),
+    "qwen3": tf.Qwen3Config(**_GROUPED, head_dim=8),
+    "gemma2": tf.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=16),
+    "gemma3": tf.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=16),
+    "phi3": tf.Phi3Config(**_GROUPED),
+    "gpt2": tf.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    ),
+    "gpt_neox": tf.GPTNeoXConfig(**_SIZES),
+}
+ROTARY = sorted(set(CONFIGS) - {"gpt2"})
+
+
+def bare(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
+    """A random model, the same one each time."""
+    torch.manual_seed(0)
+    attention = "eager" if family == "gemma2" else attention  # soft-capped scores: sdpa is refused by transformers
+    return tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention, dtype=dtype).eval()
+
+
+def with_memory(family: str = "qwen2", *, open_gate: bool = True, layers: tuple[int, ...] = (1, 2)) -> Cortex:
+    """A random model with random sidecars; with `open_gate` they matter."""
+    model = Cortex.attach(bare(family), small_memory(layers), segment_tokens=SEGMENT)
+    if open_gate:
+        open_gates(model)
+    return model
+
+
+def small_memory(layers: tuple[int, ...] = (1, 2)) -> FastWeightsConfig:
+    return FastWeightsConfig(rank=8, chunk_size=CHUNK, layers=layers)
+
+
+def open_gates(model: Cortex) -> None:
+    """Make the sidecars add something to every token."""
+    for sidecar in model.sidecars.values():
+        nn.init.constant_(sidecar.output_gate, 1.5)
+        nn.init.normal_(sidecar.controller.out.weight)
+
+
+def random_ids(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:
+    """Without special tokens."""
+    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))

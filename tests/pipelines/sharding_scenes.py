@@ -1,0 +1,181 @@
+"""What the tests of sharding run in processes of their own: `python sharding_scenes.py SCENE MODEL OUT`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cortex_core.config import BackboneConfig
+from cortex_core.errors import ConfigError, DataError
+from pipelines.sharding import Shards, load_backbone, replicate
+
+WIDTH, VOCAB, SEGMENT = 32, 96, 12
+# What each optimizer step does with the backbone: f = whole model, with loss; v = only the first three layers, for the
+# state they leave; n = bare model without gradients. No two steps in a row visit the same modules.
+PLANS = ("f", "vf", "nf", "fff", "vvnf", "fnf")
+MODES = ("plain", "checkpointing", "accumulation")
+
+
+class WithSidecars(nn.Module):
+    """Two linear sidecars on the attention of layers 1 and 2 of a frozen model, and a state carried between calls."""
+
+    def __init__(self, backbone: Any, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        torch.manual_seed(seed)
+        self.sidecars = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+        self.sidecars.register_buffer("scale", torch.tensor(0.5))
+        for layer, sidecar in zip(backbone.model.layers[1:3], self.sidecars, strict=True):
+            layer.self_attn.register_forward_hook(self._adds(sidecar), with_kwargs=True)
+        view = copy.copy(backbone.model)
+        view._modules = dict(backbone.model._modules, layers=backbone.model.layers[:3])
+        self._reader = (view,)
+
+    def _adds(self, sidecar: nn.Module) -> Any:
+        def hook(
+            module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
+            carry = kwargs.get("carry")
+            if carry is None:
+                return out
+            return out[0] + sidecar(kwargs["hidden_states"] + carry[:, None]) * self.sidecars.scale, *out[1:]
+
+        return hook
+
+    def forward(self, tokens: Tensor, plan: str) -> Tensor:
+        carry, total = tokens.new_zeros(len(tokens), WIDTH, dtype=torch.float32), torch.zeros(())
+        for kind, part in zip(plan, tokens.split(SEGMENT, 1), strict=False):
+            if kind == "v":
+                carry = carry + self._reader[0](
+                    input_ids=part, use_cache=False, carry=carry
+                ).last_hidden_state.mean(1)
+            elif kind == "n":
+                with torch.no_grad():
+                    carry = carry + self.backbone(input_ids=part, use_cache=False).logits[:, :, :WIDTH].mean(
+                        1
+                    )
+            else:
+                logits = self.backbone(input_ids=part, use_cache=False, carry=carry).logits
+                carry = carry + logits[:, :, :WIDTH].mean(1)
+                total = total + nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()
+                )
+        return total
+
+
+def _step(
+    model: nn.Module, shards: Shards, tokens: Tensor, plan: str, accumulate: bool
+) -> tuple[float, list[Tensor]]:
+    for p in model.parameters():
+        p.grad = None
+    parts = tokens.chunk(2) if accumulate else (tokens,)
+    total = 0.0
+    for n, part in enumerate(parts):
+        last = n == len(parts) - 1
+        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+            loss = model(part, plan) / len(parts)
+            loss.backward()
+        shards.release()
+        total += loss.item()
+    return total, [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+
+def _checkpointing(backbone: Any, on: bool) -> None:
+    backbone.train(on)
+    if on:
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        backbone.activation_checkpointing_disable()
+
+
+def pair(folder: str) -> dict[str, Any]:
+    """One of two ranks: every plan in every mode, against the same step on the whole batch without shards."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    config = BackboneConfig(name=folder)
+    sharded, shards = load_backbone(config, stage=3)
+    whole, unsplit = load_backbone(config, stage=0)
+    stayed_normal = all(p.numel() > 0 for p in whole.parameters())
+    reference, mine = WithSidecars(whole, seed=0), WithSidecars(sharded, seed=rank)
+    scale = mine.sidecars.scale
+    if rank == 1:
+        scale.fill_(7.0)  # a buffer among the sidecars starts equal, too
+    model = replicate(mine)
+    rows: list[dict[str, Any]] = []
+    at_rest = shards.resident_numel() / shards.total_numel
+    for mode in MODES:
+        for backbone in (sharded, whole):
+            _checkpointing(backbone, mode == "checkpointing")
+        for number, plan in enumerate(PLANS):
+            tokens = torch.randint(
+                0, VOCAB, (4, 4 * SEGMENT), generator=torch.Generator().manual_seed(number)
+            )
+            with shards.watch() as peak:
+                loss, grads = _step(model, shards, tokens.chunk(2)[rank], plan, mode == "accumulation")
+            share = torch.tensor(loss)
+            torch.distributed.all_reduce(share)
+            expected_loss, expected = _step(reference, unsplit, tokens, plan, False)
+            rows.append({
+                "mode": mode, "plan": plan, "loss": share.item() / 2, "expected_loss": expected_loss,
+                "error": max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, expected, strict=True)),
+                "after": shards.resident_numel() / shards.total_numel,
+                "peak_forward": peak.forward_numel / shards.total_numel,
+                "peak_backward": peak.backward_numel / shards.total_numel,
+            })  # fmt: skip
+    with shards.gathered(sharded.model.norm.weight):
+        gathered = torch.equal(sharded.model.norm.weight, whole.model.norm.weight)
+    layer = sum(p.numel() for p in whole.model.layers[0].parameters())
+    outside = max(whole.lm_head.weight.numel(), whole.model.embed_tokens.weight.numel())
+    return {
+        "rows": rows, "at_rest": at_rest, "owned": shards.owned_numel / shards.total_numel, "stayed_normal": stayed_normal,
+        "total": shards.total_numel == sum(p.numel() for p in whole.parameters()), "gathered": gathered,
+        "unit": max(layer, outside) / shards.total_numel, "scale": scale.item(), "stack": _stack_depth(),
+        "sidecars": [p.sum().item() for p in mine.sidecars.parameters()],
+    }  # fmt: skip
+
+
+def single(folder: str) -> dict[str, Any]:
+    """Stage 3 in a lone process, with no process group and none of a launcher's variables."""
+    config = BackboneConfig(name=folder, dtype="bfloat16")
+    sharded, shards = load_backbone(config, stage=3)
+    whole, _ = load_backbone(config, stage=0)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        equal = torch.equal(sharded(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+    try:
+        load_backbone(config.model_copy(update={"dtype": "float16"}), stage=3)
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error)
+    try:
+        load_backbone(BackboneConfig(name=folder + "-missing"), stage=3)
+        missing = ""
+    except DataError as error:
+        missing = str(error)
+    after, _ = load_backbone(config, stage=0)
+    return {
+        "equal": equal, "dtype": str(whole.dtype), "buffers": sorted({str(b.dtype) for b in sharded.buffers()}),
+        "resident": shards.resident_numel() / shards.total_numel, "same": replicate(sharded) is sharded,
+        "refusal": refusal, "missing": missing, "after": all(p.numel() for p in after.parameters()),
+    }  # fmt: skip
+
+
+def _stack_depth() -> int:
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    return len(FWD_MODULE_STACK)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scene, model, out = sys.argv[1:]
+    Path(out).write_text(json.dumps({"pair": pair, "single": single}[scene](model)))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

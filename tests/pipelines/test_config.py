@@ -1,0 +1,288 @@
+"""One run's settings: precedence, what a typed value means, the line for each wrong one, TOML and back."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex_core.errors import ConfigError, DataError
+from pipelines.config import RECIPES, RunConfig, dump_toml, find_recipe, load_config
+from pipelines.explain import knobs
+
+KNOBS = {knob.name: knob for knob in knobs(RunConfig)}
+
+
+def value(config: RunConfig, name: str) -> object:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# The other kind of recipe, for `cortex pretrain`, is parsed in the test of its own settings.
+@pytest.mark.parametrize(
+    "path",
+    sorted(set(RECIPES.glob("*.toml")) - set(RECIPES.glob("pretrain*.toml"))),
+    ids=lambda path: path.stem,
+)
+def test_every_recipe_that_ships_resolves(path: Path) -> None:
+    assert load_config(path) == load_config(path.stem)
+    assert load_config(path).name == path.stem
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "seed = 5\n[fast_weights]\nrank = 8\ndecay = 0.5\n")
+    config = load_config(path, ["fast_weights.rank=4", "fast_weights.rank=2"])
+    assert config.seed == 5
+    assert config.fast_weights.rank == 2
+    assert config.fast_weights.decay == 0.5
+    assert config.fast_weights.chunk_size == KNOBS["fast_weights.chunk_size"].default
+    assert load_config(path).fast_weights.rank == 8
+    assert load_config() == RunConfig()
+
+
+def test_text_and_values_are_the_same_override() -> None:
+    typed = load_config(
+        None, ["training.steps=7", "evaluation.gaps_tokens=0,512", "optimizer.learning_rate=1e-4"]
+    )
+    given_values = {
+        "training.steps": np.int64(7),
+        "evaluation": {"gaps_tokens": [0, 512]},
+        "optimizer.learning_rate": np.float64(1e-4),
+    }
+    assert load_config(None, given_values) == typed
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("backbone.name=foo", "foo"),
+        ('backbone.name="foo bar"', "foo bar"),
+        ("backbone.name=a=b", "a=b"),
+        ("backbone.revision=1234567", "1234567"),
+        ("backbone.revision=1e5", "1e5"),
+        ("backbone.revision=null", None),
+        ("backbone.dtype=float32", "float32"),
+        ("name=true", "true"),
+        ("data.path=/data/a,b.txt", "/data/a,b.txt"),
+        ("data.path=~/text", "~/text"),
+        ("training.steps=1_000", 1000),
+        (" training.steps = 12 ", 12),
+        ("training.kl_weight=2", 2.0),
+        ("training.kl_weight=1e-3", 0.001),
+        ("training.gradient_checkpointing=true", True),
+        ("evaluation.gaps_tokens=[256,1024]", (256, 1024)),
+        ("evaluation.gaps_tokens=256,1024", (256, 1024)),
+        ("evaluation.gaps_tokens=256", (256,)),
+        ("tasks.names=key_value,corpus", ("key_value", "corpus")),
+        ("tasks.names=n_back", ("n_back",)),
+        ("tasks.fillers=['text']", ("text",)),
+        ("fast_weights.layers=auto", "auto"),
+        ("fast_weights.layers=2", (2,)),
+        ("fast_weights.layers=0,3", (0, 3)),
+        ("optimizer.betas=0.8,0.9", (0.8, 0.9)),
+    ],
+)
+def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None:
+    got = value(load_config(None, [override]), override.partition("=")[0].strip())
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("fast_weights.rank=0", "fast_weights.rank = 0: must be at least 1 (default 16)"),
+        ("fast_weights.chunk_size=2000", "fast_weights.chunk_size = 2000: must be at most 1024 (default 64)"),
+        ("fast_weights.decay=0", "fast_weights.decay = 0: must be above 0 (default 0.98)"),
+        ("training.ema_decay=1", "training.ema_decay = 1: must be below 1 (default 0.98)"),
+        ("training.kl_weight=inf", "training.kl_weight = Infinity: must be a finite number (default 1.0)"),
+        ("fast_weights.rank=8.5", "fast_weights.rank = 8.5: expected an integer, at least 1 (default 16)"),
+        ("fast_weights.rank=true", "fast_weights.rank = true: expected an integer, at least 1 (default 16)"),
+        ("fast_weights.rank='8'", 'fast_weights.rank = "8": expected an integer, at least 1 (default 16)'),
+        ("fast_weights.rank=null", "fast_weights.rank = null: expected an integer, at least 1 (default 16)"),
+        ("fast_weights.rank=[8]", "fast_weights.rank = [8]: expected an integer, at least 1 (default 16)"),
+        ("fast_weights.controller=yes", 'fast_weights.controller = "yes": expected true or false (default true)'),
+        ("training.steps=2026-01-01",
+         'training.steps = "2026-01-01": expected an integer, at least 1 (default 600)'),
+        ("backbone.dtype=float3",
+         'backbone.dtype = "float3": expected one of "auto", "float32", "bfloat16", "float16"; '
+         'did you mean "float32"? (default "auto")'),
+        ("sharding.stage=2", "sharding.stage = 2: expected one of 0, 3 (default 3)"),
+        ("optimizer.betas=0.9", "optimizer.betas = [0.9]: expected a list of 2, each entry a number, at least 0, at most 1 "
+         "(default [0.9, 0.98])"),
+        ("optimizer.betas=0.9,2", "optimizer.betas[1] = 2: must be at most 1 (default [0.9, 0.98])"),
+        ("tasks.names=", "tasks.names = []: must not be empty (default [\"key_value\"])"),
+        ("tasks.fillers=txt",
+         'tasks.fillers[0] = "txt": expected one of "text", "random"; did you mean "text"? (default ["text", "random"])'),
+        ("fast_weights.layers=first",
+         'fast_weights.layers = ["first"]: expected a list, each entry an integer, at least 0 or "auto" (default "auto")'),
+        ("seed=-1", "seed = -1: must be at least 0 (default 0)"),
+        ("name=../x", "name = \"../x\": names the run's folder: use letters, digits, '.', '_' and '-', not '.' first "
+         '(default "demo")'),
+        ("tracking.experiment=", 'tracking.experiment = "": must not be empty (default "cortex")'),
+        ("fast_weights.rnak=8", "fast_weights.rnak: unknown key in section [fast_weights]; did you mean fast_weights.rank?"),
+        ("fast_weight.rank=8", "fast_weight: unknown key at the top level; did you mean fast_weights?"),
+        ("rank=8", "rank: unknown key at the top level; did you mean fast_weights.rank?"),
+        ("training.rank=8", "training.rank: unknown key in section [training]; did you mean fast_weights.rank?"),
+        ("sharding.zzz=8", "sharding.zzz: unknown key in section [sharding]; it has: stage, offload"),
+        ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size?"),
+        ("sharding=3", "sharding = 3: is a section; set one of its keys: stage, offload"),
+        ("seed.x=3", 'seed = {"x": 3}: expected an integer, at least 0, below 4294967296 (default 0)'),
+        ("fast_weights.write_strength=2.5",
+         "fast_weights.write_strength = 2.5 is beyond the stability bound: along a unit key the error is multiplied by "
+         "1 - write_strength each time. Choose a value below 2 (1 replaces what the key held)"),
+        ("training.steps", "'training.steps' is not an override: write name=value, such as training.steps=100"),
+        ("=3", "'=3' is not an override: write name=value, such as training.steps=100"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_gets_one_line(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert str(caught.value) == line
+
+
+def test_every_wrong_value_gets_its_own_line(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "sed = 1\n[fast_weights]\nrank = 0\n[evaluation]\ngaps_tokens = [1, -2, 'x']\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["training.steps=0"])
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "fast_weights.rank = 0",
+        "training.steps = 0",
+        "evaluation.gaps_tokens[1] = -2",
+        'evaluation.gaps_tokens[2] = "x"',
+        "sed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["cluster.num_workers=3"], ["training.batch_size = 16", "cluster.num_workers = 3", "multiple of 3", "15 or 18"]),
+        (["training.accumulation_steps=5"], ["training.batch_size = 16", "accumulation_steps = 5", "multiple of 10", "10 or 20"]),
+        (["training.batch_size=1"], ["training.batch_size = 1", "multiple of 2", "Set training.batch_size to 2,"]),
+        (["training.in_window_batch_size=3"], ["training.in_window_batch_size = 3", "multiple of 2", "2 or 4"]),
+        (["sharding.stage=0", "sharding.offload=cpu"], ['sharding.offload = "cpu"', "stage = 0", "set stage to 3"]),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    (line,) = str(caught.value).splitlines()
+    assert [part for part in parts if part not in line] == []
+
+
+def test_one_process_divides_everything() -> None:
+    config = load_config(
+        None, ["cluster.num_workers=0", "training.batch_size=7", "training.in_window_batch_size=3"]
+    )
+    assert config.training.batch_size == 7
+    assert load_config(None, ["training.in_window_batch_size=0"]).training.in_window_batch_size == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("seed = ", ConfigError, r"not valid TOML: Invalid value .*Text needs quotes"),
+        ("name = demo", ConfigError, r"not valid TOML: .*line 1"),
+        ("[fast_weights]\nrank = 1\nrank = 2", ConfigError, r"not valid TOML: Cannot overwrite a value"),
+        (
+            "fast_weights = 3",
+            ConfigError,
+            r"fast_weights = 3: is a section; set one of its keys: layers, rank",
+        ),
+    ],
+)
+def test_a_recipe_that_is_not_one(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_config(recipe(tmp_path, text))
+
+
+def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes("name = 'ä'".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.toml: not text in UTF-8 \(byte 8\)"):
+        load_config(tmp_path / "latin.toml")
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"
+    ):
+        load_config("dmeo")
+    with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
+        load_config(tmp_path)
+
+
+def test_a_file_goes_before_a_recipe_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo") == RECIPES / "demo.toml"
+    Path("demo").write_text("seed = 99", encoding="utf-8")
+    assert load_config("demo").seed == 99
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+VALUES = {
+    "name": st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}", fullmatch=True),
+    "seed": st.integers(0, 2**32 - 1),
+    "out_dir": TEXT,
+    "backbone.name": TEXT,
+    "backbone.revision": st.none() | TEXT,
+    "backbone.segment_tokens": st.integers(8, 32768),
+    "fast_weights.layers": st.just("auto") | st.lists(st.integers(0, 100)).map(tuple),
+    "fast_weights.decay": st.floats(0, 1, exclude_min=True),
+    "fast_weights.controller": st.booleans(),
+    "data.path": st.none() | TEXT,
+    "tasks.names": st.lists(st.sampled_from(["key_value", "corpus"]), min_size=1).map(tuple),
+    "optimizer.learning_rate": st.floats(0, exclude_min=True, allow_infinity=False),
+    "optimizer.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "evaluation.gaps_tokens": st.lists(st.integers(0, 2**40), min_size=1).map(tuple),
+    "cluster.address": st.none() | TEXT,
+    "cluster.worker_start_timeout_s": st.floats(0, exclude_min=True, allow_infinity=False),
+    "tracking.uri": st.none() | TEXT,
+    "tracking.experiment": TEXT,
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_toml_and_back(tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]) -> None:
+    config = load_config(None, values)
+    for name, expected in values.items():
+        assert value(config, name) == expected
+    path = tmp_path_factory.mktemp("round_trip") / "config.toml"
+    path.write_text(dump_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+    assert dump_toml(load_config(path)) == dump_toml(config)
+
+
+def test_the_dump_names_every_setting_that_is_set() -> None:
+    dumped = tomllib.loads(dump_toml(RunConfig()))
+    flat = {f"{key}.{inner}" for key, table in dumped.items() if isinstance(table, dict) for inner in table}
+    flat |= {key for key, item in dumped.items() if not isinstance(item, dict)}
+    assert flat == {name for name, knob in KNOBS.items() if knob.default is not None}
+
+
+def test_every_setting_is_documented_and_says_what_it_expects() -> None:
+    assert not [knob.name for knob in KNOBS.values() if not knob.doc or "a value" in knob.expects]
+    assert KNOBS["fast_weights.rank"].expects == "an integer, at least 1"
+    assert KNOBS["training.ema_decay"].expects == "a number, at least 0, below 1"
+    assert KNOBS["backbone.revision"].expects == "text or null"
+    assert KNOBS["sharding.stage"].expects == "one of 0, 3"
+
+
+def test_paths_do_not_depend_on_where_a_worker_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, ["name=a", "out_dir=out"])
+    assert config.run_dir == tmp_path / "out" / "a"
+    assert config.tracking_uri == f"sqlite:///{tmp_path}/out/mlflow.db"
+    assert load_config(None, ["tracking.uri=http://host:5000"]).tracking_uri == "http://host:5000"
