@@ -58,6 +58,8 @@ class FastWeightsConfig(Settings):
     """Gate activations (0 to 1) up to here write exactly nothing, so that a gap of any length costs nothing."""
     saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     """Gate activations from here on write at full strength."""
+    gate_taps: Annotated[int, Field(ge=1, le=16)] = 4
+    """Tokens that the gates look at: the one in question and those just before it in its segment."""
     controller: bool = True
     """Whether surprise, uncertainty, reward and phase modulate the write gate."""
     controller_hidden: PositiveInt = 16

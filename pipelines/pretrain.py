@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -29,7 +29,7 @@ Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train (or resume), score, export. Returns the exit code; wrong input raises a core error."""
-    given = _parser().parse_args(argv)
+    given = _parser().parse_intermixed_args(argv)
     config = load_pretrain_config(given.recipe, given.overrides)
     pretrain(config, Path(given.out), Path(given.checkpoint) if given.checkpoint else None)
     return 0
@@ -114,9 +114,15 @@ def _assign(data: dict[str, Any], name: str, value: object) -> None:
     data[key] = value
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line like every other wrong input, instead of the usage followed by the line."""
+        raise ConfigError(f"{message}. See {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
     settings = "\n".join(f"  {knob.name} = {show(knob.default)}" for knob in knobs(PretrainConfig))
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cortex pretrain", description=DESCRIPTION, epilog=HELP + settings,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip

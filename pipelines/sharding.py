@@ -1,11 +1,7 @@
 """Lays the frozen backbone out over the workers: whole on each (stage 0), or split between them (stage 3).
 
-DeepSpeed ZeRO-3 holds the frozen weights and nothing else: no optimizer, no engine step, no ZeRO checkpoint.
-The sidecars stay ordinary parameters, kept in step by DDP (`replicate`). Weights travel one unit at a time: a
-decoder layer, or one of the few modules outside the layers (embedding, last norm, head). A whole layer,
-because it is one gather instead of a dozen, and because ranks whose tokens take different paths through a
-layer (mixtures of experts) would otherwise wait for each other for ever. Do not register sidecars below a
-decoder layer: they would count as part of its unit.
+DeepSpeed ZeRO-3 holds the frozen weights and nothing else: no optimizer, no engine step, no ZeRO checkpoint. The
+sidecars stay ordinary parameters, kept in step by DDP (`replicate`).
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,64 +21,38 @@ from torch.nn.parallel import DistributedDataParallel
 from cortex_core.backbone import load
 from cortex_core.config import BackboneConfig
 from cortex_core.errors import ConfigError
+from pipelines.residency import Peak, Residency
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass
-class Peak:
-    """Most frozen elements that were resident on this rank at once: its shard, and what was gathered."""
-
-    forward_numel: int = 0
-    backward_numel: int = 0
-    """Includes what gradient checkpointing computes again."""
-
-    @property
-    def numel(self) -> int:
-        """Most at any time."""
-        return max(self.forward_numel, self.backward_numel)
-
-
 class Shards:
     """This rank's part of the frozen weights. Keep it as long as the model is used."""
 
-    def __init__(self, model: nn.Module, engine: Any = None) -> None:
-        self._parameters = list(model.parameters())
-        self._engine = engine  # takes its hooks along when it is garbage collected
-        self._offload = None if engine is None else engine.optimizer
-        self._peak: Peak | None = None
-        self.total_numel = sum(getattr(p, "ds_numel", p.numel()) for p in self._parameters)
+    def __init__(self, model: PreTrainedModel, engine: Any = None) -> None:
+        parameters = list(model.parameters())
+        self.total_numel = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         """Elements of the whole backbone."""
-        self.owned_numel = sum(getattr(p, "ds_tensor", p).numel() for p in self._parameters)
+        self.owned_numel = sum(getattr(p, "ds_tensor", p).numel() for p in parameters)
         """Elements that rest on this rank, padding included: the parts of a tensor are equally long."""
-        if self._offload is not None:
-            self._depth = len(_forward_stack())
-            self._one_unit_at_a_time(self._offload)
+        self._engine = engine  # takes its hooks along when it is garbage collected
+        self._residency = Residency(model, decoder_layers(model), engine.optimizer) if engine else None
 
     def release(self) -> None:
-        """Call after every backward pass: lets the last unit go. Without shards it does nothing."""
-        if self._offload is None:
-            return
-        self._offload.release_backward_leftovers()
-        # Recomputation stops a layer early, before its hook pops the stack: it would grow with every step.
-        del _forward_stack()[self._depth :]
+        """Call after every backward pass: lets go what is still gathered. Without shards it does nothing."""
+        if self._residency is not None:
+            self._residency.release()
 
     def resident_numel(self) -> int:
         """Frozen elements in this rank's memory now: its own shard, and what is gathered at the moment."""
-        if self._offload is None:
-            return self.total_numel
-        return self.owned_numel + sum(p.numel() for p in self._parameters if not _aliases_shard(p))
+        return self.owned_numel + (self._residency.gathered_numel() if self._residency is not None else 0)
 
-    @contextmanager
-    def watch(self) -> Iterator[Peak]:
+    def watch(self) -> AbstractContextManager[Peak]:
         """Measures within the block, after every gather. Costs a walk over all parameters each time."""
-        at_rest = self.resident_numel()
-        self._peak = Peak(at_rest, at_rest)
-        try:
-            yield self._peak
-        finally:
-            self._peak = None
+        if self._residency is None:
+            return nullcontext(Peak(self.total_numel, self.total_numel))
+        return self._residency.watch(self.owned_numel)
 
     def gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         """Makes a parameter whole for reading; every rank enters together. Without shards it does nothing."""
@@ -92,47 +61,6 @@ class Shards:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters([parameter])
-
-    def _one_unit_at_a_time(self, offload: Any) -> None:
-        """In the backward pass, let everything go before a unit is gathered.
-
-        DeepSpeed counts the gradients that a module still owes, but starts from zero at each forward call:
-        when the backbone is called again before the backward pass, with gradients or without, only the last
-        call's weights are let go and the rest pile up, up to the whole model. Units run backward strictly one
-        after the other, so no count is needed.
-        """
-        fetch_forward = offload.pre_sub_module_forward_function
-        fetch_backward = offload.pre_sub_module_backward_function
-
-        def before_forward(module: nn.Module) -> None:
-            fetch_forward(module)
-            self._sample()
-
-        def before_backward(module: nn.Module) -> None:
-            if _is_unit(module):
-                offload.release_backward_leftovers()
-                fetch_backward(module)
-                self._sample()
-
-        def after_backward(module: nn.Module) -> None:
-            if _is_unit(module):
-                offload.release_backward_leftovers()
-
-        offload.pre_sub_module_forward_function = before_forward
-        offload.pre_sub_module_backward_function = before_backward
-        offload.post_sub_module_backward_function = after_backward
-        # DeepSpeed learns the order of the units in one step to prefetch in the next. Reading, training and
-        # the bare model visit different units, each change throws the order away, and learning costs a
-        # broadcast per call.
-        offload.fwd_pre_hook.remove()
-
-    def _sample(self) -> None:
-        if self._peak is not None:
-            resident = self.resident_numel()
-            if torch._C._current_graph_task_id() == -1:
-                self._peak.forward_numel = max(self._peak.forward_numel, resident)
-            else:
-                self._peak.backward_numel = max(self._peak.backward_numel, resident)
 
 
 def load_backbone(
@@ -168,8 +96,6 @@ def load_backbone(
     finally:
         unset_hf_deepspeed_config()
         del active
-    for layer in _decoder_layers(model):
-        deepspeed.utils.set_z3_leaf_module(layer, True)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return model.eval(), Shards(model, engine)
 
@@ -259,27 +185,10 @@ def _no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that a decoder keeps in lists: its layers, whatever the family calls them."""
     lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
     return [layer for layers in lists for layer in layers]
-
-
-def _is_unit(module: nn.Module) -> bool:
-    """Whether weights are gathered for this module, rather than for those below it."""
-    return next(module.parameters(recurse=getattr(module, "_z3_leaf", False)), None) is not None
-
-
-def _aliases_shard(parameter: nn.Parameter) -> bool:
-    """Whether the parameter shows its own shard's memory: so it does in a group of one."""
-    shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-    return parameter.data_ptr() == shard.data_ptr()
-
-
-def _forward_stack() -> list[nn.Module]:
-    from deepspeed.runtime.zero import parameter_offload
-
-    return parameter_offload.FWD_MODULE_STACK
 
 
 def _device() -> torch.device:

@@ -78,7 +78,12 @@ class MemoryPass:
             valid=layout.to_sequences(layout.valid),
             positions=layout.positions(),
             reward=layout.to_sequences(layout.reward),
+            place=self._place(hidden),
         )
+
+    def _place(self, hidden: Tensor) -> Tensor:
+        width = torch.arange(hidden.shape[1], device=hidden.device)
+        return width.repeat(self.layout.segments).expand(len(hidden) // self.layout.segments, -1)
 
 
 @dataclass
@@ -86,6 +91,8 @@ class GenerationPass(MemoryPass):
     """The calls of one generation: the open segment with its cache, then token by token, the state carried along."""
 
     chunk_size: int = 1
+    context: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer, its input at the last few tokens."""
 
     def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
         first = next(iter(self.sidecars))
@@ -105,13 +112,22 @@ class GenerationPass(MemoryPass):
         )
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
-        if self.readings.get(layer) is not None:
-            reading, _ = sidecar(tokens, self.states[layer], stepwise=True)
-            return reading
+        before, taps = self.context.get(layer), sidecar.config.gate_taps - 1
+        if before is not None:
+            self.context[layer] = torch.cat([before, tokens.hidden], dim=1)[:, -taps:] if taps else before
+            return sidecar(tokens._replace(before=before), self.states[layer], stepwise=True)[0]
         lengths = tokens.valid.sum(1)
+        self.context[layer] = _last(tokens.hidden, lengths, taps)
         reading, anchor = sidecar(tokens, self.states[layer], snapshot_chunk=lengths // self.chunk_size)
         state = FastWeights(reading.final_state.up, anchor.up, lengths % self.chunk_size)
         return reading._replace(final_state=state)
+
+
+def _last(x: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of each row [rows, count, …]; zeros where a row is shorter."""
+    index = lengths[:, None] - count + torch.arange(count, device=x.device)
+    found = x.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
+    return found * (index >= 0)[..., None]
 
 
 def _for_queries(x: Tensor, groups: int) -> Tensor:

@@ -1,9 +1,44 @@
-"""The hard write gate: exactly 0 in a dead zone, so that a gap of any length leaves the memory as it was."""
+"""The hard gates: exactly 0 in a dead zone, so that a gap of any length leaves the memory as it was."""
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class TappedGate(nn.Module):
+    """An activation per head and token, from the layer's input at the token and at the few before it in its segment.
+
+    A short causal convolution. What marks a fact ("remember", a colon, a quote) often stands a token or two before it; the
+    layer's own input shows that, but mixed with everything else, and a gate that must stay shut for 100,000 tokens needs
+    it unmixed.
+    """
+
+    def __init__(self, hidden: int, heads: int, taps: int, bias: float) -> None:
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.randn(taps, heads, hidden) * 0.02)
+        self.bias = nn.Parameter(torch.full((heads,), bias))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch tokens hidden"],
+        place: Int[Tensor, "batch tokens"],
+        before: Float[Tensor, "batch context hidden"] | None = None,
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """Activations, 0 to 1. `place` counts tokens within the segment; `before` are inputs that came before `hidden`
+        (zeros before the segment's start), for a call that goes on within one."""
+        new = hidden.shape[1]
+        if before is not None:
+            hidden = torch.cat([before, hidden], dim=1)
+            place = torch.full(hidden.shape[:2], self.taps, device=hidden.device)  # zeros stand for what is not there
+        logits = self.bias + hidden @ self.weight[0].T
+        for tap in range(1, min(self.taps, hidden.shape[1])):
+            earlier = functional.pad((hidden @ self.weight[tap].T)[:, :-tap], (0, 0, tap, 0))
+            logits = logits + earlier * (place >= tap)[..., None]
+        return torch.sigmoid(logits[:, -new:]).transpose(1, 2)
 
 
 def hard_gate(

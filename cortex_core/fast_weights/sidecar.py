@@ -13,7 +13,7 @@ from cortex_core.config import FastWeightsConfig
 from cortex_core.fast_weights import signals
 from cortex_core.fast_weights.chunk import delta_scan
 from cortex_core.fast_weights.controller import Controller
-from cortex_core.fast_weights.gate import hard_gate
+from cortex_core.fast_weights.gate import TappedGate, hard_gate
 from cortex_core.fast_weights.rules import delta_rule
 from cortex_core.fast_weights.state import FastWeights
 
@@ -29,6 +29,10 @@ class LayerTokens(NamedTuple):
     valid: Bool[Tensor, "batch tokens"]
     positions: Int[Tensor, "batch tokens"]
     reward: Float[Tensor, "batch tokens"]
+    place: Int[Tensor, "batch tokens"]
+    """Tokens between the start of the segment and this one."""
+    before: Float[Tensor, "batch context hidden"] | None = None
+    """`hidden` of the few tokens before these, where a call goes on within a segment; zeros before its start."""
 
 
 class LayerShape(NamedTuple):
@@ -65,13 +69,9 @@ class Sidecar(nn.Module):
         self.down_query = nn.Parameter(orthogonal.clone())
         self.key_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
         self.query_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
-        self.write_gate = nn.Linear(shape.hidden, shape.heads)
-        self.read_gate = nn.Linear(shape.hidden, shape.heads)
-        nn.init.normal_(self.write_gate.weight, std=0.02)
-        nn.init.normal_(self.read_gate.weight, std=0.02)
         # sigmoid(-.3) = .43, just open: a gradient everywhere, and writes too weak to overwrite one another.
-        nn.init.constant_(self.write_gate.bias, -0.3)
-        nn.init.constant_(self.read_gate.bias, 1.0)
+        self.write_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=-0.3)
+        self.read_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=1.0)
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
 
@@ -98,7 +98,8 @@ class Sidecar(nn.Module):
         queries = self._into_key_space(tokens.queries, tokens.hidden, self.down_query, self.query_content)
         values = tokens.values.float()
         hidden = tokens.hidden.float()
-        activation = torch.sigmoid(self.write_gate(hidden)).transpose(1, 2)
+        before = None if tokens.before is None else tokens.before.float()
+        activation = self.write_gate(hidden, tokens.place, before)
         uncertainty = signals.uncertainty(tokens.attended.float(), values)
         phase = signals.phase(tokens.positions, config.phase_period_tokens)
         modulated: list[Tensor] = []
@@ -126,17 +127,16 @@ class Sidecar(nn.Module):
             )  # fmt: skip
             out, write = scan.outputs, scan.write
             final, snapshot = FastWeights.at_chunk_start(scan.final), FastWeights.at_chunk_start(scan.snapshot)
-        added = None if out is None else self._added(out, hidden)
+        added = None
+        if out is not None:
+            asked = hard_gate(self.read_gate(hidden, tokens.place, before), config.dead_zone, config.saturation)
+            added = self.output_gate[:, None, None] * asked[..., None] * out
         return Reading(added, final, write, torch.cat(surprises, dim=2), torch.cat(modulated, dim=2)), snapshot
 
     def _into_key_space(self, projected: Tensor, hidden: Tensor, down: Tensor, content: Tensor) -> Tensor:
         batch, _, tokens, _ = projected.shape
         extra = (hidden.float() @ content).view(batch, tokens, self.shape.heads, -1).transpose(1, 2)
         return functional.normalize(projected.float() @ down + extra, dim=-1, eps=1e-6)
-
-    def _added(self, out: Tensor, hidden: Tensor) -> Tensor:
-        asked = hard_gate(torch.sigmoid(self.read_gate(hidden)), self.config.dead_zone, self.config.saturation)
-        return self.output_gate[:, None, None] * asked.transpose(1, 2)[..., None] * out
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:

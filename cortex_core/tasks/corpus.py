@@ -26,9 +26,10 @@ _BATCH = 64
 
 
 class Document(NamedTuple):
-    """One file, or one record of a file that holds many."""
+    """One text."""
 
-    name: str
+    unit: str
+    """What it is held out with: its file, or the record alone where there is one file."""
     text: str
 
 
@@ -62,34 +63,24 @@ def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
     """Read, split and tokenise the text that `config` names.
 
     Documents are taken in the order of a hash of their names, so `max_bytes` cuts a fair sample, the same one
-    everywhere.
-    Raises DataError when there is no text, or too little of it to hold some out.
+    everywhere. Raises DataError when there is no text, or too little of it to hold some out.
     """
-    parts: dict[str, list[Document]] = {"train": [], "held_out": []}
-    for document, held_out in _sample(config):
-        parts["held_out" if held_out else "train"].append(document)
-    for split, documents in parts.items():
-        if not documents:
-            raise DataError(
-                f"corpus {_shown(config)}: no {split.replace('_', '-')} text among "
-                f"{sum(map(len, parts.values()))} documents. "
-                "Give more files (or records), or change corpus.held_out_frac"
-            )
-    train, train_starts = tokenize([document.text for document in parts["train"]], tokenizer)
-    held_out, held_out_starts = tokenize([document.text for document in parts["held_out"]], tokenizer)
+    parts = _split(config)
+    train, train_starts = tokenize(parts["train"], tokenizer)
+    held_out, held_out_starts = tokenize(parts["held_out"], tokenizer)
     return Corpus(
         train=train,
         held_out=held_out,
         train_starts=train_starts,
         held_out_starts=held_out_starts,
-        train_bytes=sum(len(document.text.encode()) for document in parts["train"]),
-        held_out_bytes=sum(len(document.text.encode()) for document in parts["held_out"]),
+        train_bytes=sum(len(text.encode()) for text in parts["train"]),
+        held_out_bytes=sum(len(text.encode()) for text in parts["held_out"]),
     )
 
 
-def training_texts(config: CorpusConfig) -> Iterator[str]:
-    """The training documents' text, lazily: what a tokenizer may be trained on."""
-    return (document.text for document, held_out in _sample(config) if not held_out)
+def training_texts(config: CorpusConfig) -> list[str]:
+    """The training documents' text: what a tokenizer may be trained on."""
+    return _split(config)["train"]
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntArray]:
@@ -108,21 +99,36 @@ def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntAr
     return tokens, starts.astype(np.int64)
 
 
-def _sample(config: CorpusConfig) -> Iterator[tuple[Document, bool]]:
-    """Documents in hash order up to `max_bytes`, the last one cut there, each with whether it is held out."""
+def _split(config: CorpusConfig) -> dict[Split, list[str]]:
+    """Texts of both splits. What is held out follows from the names alone; at least one unit is on each side."""
+    documents = list(_sample(config))
+    shares = {document.unit: _hash(document.unit) for document in documents}
+    if len(shares) < 2:
+        raise DataError(
+            f"corpus {_shown(config)} holds {len(shares)} documents with text; some train, some are held out: "
+            "give at least 2 files, or 2 records in one .jsonl or .parquet file"
+        )
+    # Few documents may all fall on one side of the share: the nearest one then changes sides.
+    bound = min(max(config.held_out_frac, min(shares.values()) + 1e-12), max(shares.values()))
+    parts: dict[Split, list[str]] = {"train": [], "held_out": []}
+    for document in documents:
+        parts["held_out" if shares[document.unit] < bound else "train"].append(document.text)
+    return parts
+
+
+def _sample(config: CorpusConfig) -> Iterator[Document]:
+    """Documents with text in hash order up to `max_bytes`; the last one is cut there."""
     files = _files(config)
     by_record = len(files) == 1
     left = config.max_bytes
     for path, name in sorted(files, key=lambda item: _hash(f"order of {item[1]}")):
-        held_out_file = _hash(name) < config.held_out_frac
         for record, text in enumerate(_records(path, config.text_column)):
             if not text.strip():
                 continue
             raw = text.encode()
             if len(raw) > left:
                 text = raw[:left].decode(errors="ignore")
-            document = Document(f"{name}:{record}", text)
-            yield document, (_hash(document.name) < config.held_out_frac if by_record else held_out_file)
+            yield Document(f"{name}:{record}" if by_record else name, text)
             left -= len(raw)
             if left <= 0:
                 return
@@ -158,7 +164,8 @@ def _records(path: Path, column: str) -> Iterator[str]:
             case ".parquet":
                 yield from _parquet(path, column)
             case _:
-                yield path.read_text(encoding="utf-8")
+                # A user's file must be right; in a Python installation one odd file is no reason to stop.
+                yield path.read_text(encoding="utf-8", errors="replace" if path.suffix == ".py" else "strict")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:

@@ -18,8 +18,8 @@ class KeyValue(TextTask):
 
     num_pairs: int = 6
     any_token_frac: float = 0.0
-    """Share of examples whose keys and values may be any token but held-out words: a small vocabulary has too few
-    words to learn from them what a key is."""
+    """Share of examples whose keys and values may be any token but held-out words: a small vocabulary has
+    too few words to learn from them what a key is."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError when the pool has fewer keys than `num_pairs`."""

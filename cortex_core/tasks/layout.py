@@ -87,8 +87,8 @@ class TextTask(ABC):
         """Exactly `total_tokens`: filler, facts, filler, questions, filler.
 
         Facts lie anywhere in the first `segment_tokens`, questions anywhere in the last, as far as they fit:
-        neither may be told by its position. A third of the examples opens with the document prefix and its facts
-        at once. Raises ConfigError when facts and questions do not fit at all.
+        neither may be told by its position. A third of the examples opens with the document prefix and its
+        facts at once. Raises ConfigError when facts and questions do not fit at all.
         """
         sheet = self.sheet(index, num_queries)
         rng = self.rng(index, 1)

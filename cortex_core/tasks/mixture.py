@@ -84,7 +84,7 @@ class Mixture:
                         seed=seed,
                         num_pairs=config.num_pairs,
                         any_token_frac=config.any_token_frac,
-                    )  # fmt: skip
+                    )
                 )
                 weights.append(1 / len(config.names) / len(fillers))
         return cls(tuple(tasks), tuple(weights), split, seed)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cortex_core.backbone.create import create_model, train_tokenizer
+from cortex_core.backbone.create import Decoder, create_model, train_tokenizer
 from cortex_core.errors import DataError, IncompatibleError
 from cortex_core.tasks.corpus import Corpus, load_corpus, training_texts
 from cortex_core.tasks.vocabulary import DIGITS, MARKERS, TaskVocabulary
@@ -33,7 +33,7 @@ class Pretraining:
     tokenizer: Any
     vocabulary: TaskVocabulary
     corpus: Corpus
-    model: nn.Module
+    model: Decoder
     optimizer: torch.optim.AdamW
     step: int = 0
     """Optimizer steps done."""

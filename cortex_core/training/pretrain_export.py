@@ -94,8 +94,8 @@ which a memory is trained and tested without a download. It is not a useful lang
 
 ## How it was made
 `cortex pretrain pretrain` from fresh weights; nothing was downloaded. {scores["steps"]:,} steps of
-{config["batch_size"]} windows, {scores["training_tokens"]:,} tokens in all; seed {config["seed"]}, one thread.
-The text is {source}; none of it is in this folder.
+{config["batch_size"]} windows, {scores["training_tokens"]:,} tokens in all, on one thread.
+The seed is {config["seed"]}. The text is {source}; none of it is in this folder.
 
 | | |
 |---|---|

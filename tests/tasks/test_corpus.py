@@ -113,7 +113,7 @@ def test_standard_library_is_the_default() -> None:
     [
         ("missing.txt", None, "does not exist: name a file or a folder"),
         ("table.csv", "a,b", "is not one of .txt, .jsonl, .parquet"),
-        ("empty.txt", "  \n", "no train text among 0 documents"),
+        ("empty.txt", "  \n", "holds 0 documents with text"),
         ("bad.jsonl", '{"text": "x"}\n{"text"', "line 2 is not JSON"),
         ("column.jsonl", '{"body": "x"}', "line 1 has no text in 'text': set corpus.text_column"),
         ("list.jsonl", "[1]", "line 1 has no text in 'text'"),
@@ -145,5 +145,14 @@ def test_empty_folder_and_a_single_document(tmp_path: Path, bpe: PreTrainedToken
     with pytest.raises(DataError, match="holds no file of type"):
         load(tmp_path, bpe)
     write(tmp_path / "only.txt")
-    with pytest.raises(DataError, match=r"no (train|held-out) text among 1 documents.*corpus.held_out_frac"):
+    with pytest.raises(DataError, match=r"holds 1 documents with text.*give at least 2 files"):
         load(tmp_path, bpe)
+
+
+@pytest.mark.parametrize("held_out_frac", [1e-9, 0.5, 1 - 1e-9])
+def test_two_documents_are_enough(tmp_path: Path, bpe: PreTrainedTokenizerBase, held_out_frac: float) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"file {name} kores")
+    corpus = load(tmp_path, bpe, held_out_frac=held_out_frac)
+    sides = [bpe.decode(tokens, skip_special_tokens=True) for tokens in (corpus.train, corpus.held_out)]
+    assert sorted(sides) == ["file one kores", "file two kores"]

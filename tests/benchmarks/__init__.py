@@ -1,0 +1,1 @@
+"""What is measured but not tested: the scoreboard's rows, and timings of single mechanisms."""

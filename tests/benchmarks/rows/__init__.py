@@ -1,0 +1,1 @@
+"""How each row of the scoreboard is measured, one module per topic."""

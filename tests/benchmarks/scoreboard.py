@@ -1,0 +1,180 @@
+"""`python -m tests.benchmarks.scoreboard [ROW,ROW ...]` (`make scoreboard ROW=…`): measures what the project claims, anew.
+
+Prints one JSON line per row as soon as it is measured, then all rows as a table. Not part of the tests: it judges
+quality, they judge correctness. Exit codes: 0 all was measured (met or missed), 1 a row could not be measured, 2 wrong
+input (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence, Set
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from pipelines.explain import nearest
+from tests.benchmarks.child import ROOT
+from tests.benchmarks.row import Row, table
+from tests.benchmarks.rows import cost, recall, scan, sharding, throughput, wallclock
+from tests.benchmarks.rows.demo import Demo
+
+Measure = Callable[[Demo, Set[str]], Iterator[Row]]
+
+
+class Measurement(NamedTuple):
+    """Rows that are measured together."""
+
+    measure: Measure
+    """Yields the rows that are wanted (it may yield others). Its docstring says how."""
+    names: tuple[str, ...]
+    group: str
+    needs_run: bool = True
+
+
+def _one(measure: Measure, group: str, *, needs_run: bool = True) -> Measurement:
+    return Measurement(measure, (measure.__name__,), group, needs_run)
+
+
+MEASUREMENTS = (
+    Measurement(recall.recall_by_gap, recall.RECALL_ROWS, "recall"),
+    _one(recall.bare_beyond_window, "recall"),
+    _one(recall.in_window_recall_loss_points, "recall"),
+    _one(cost.text_perplexity_drift_percent, "cost"),
+    _one(cost.evaluation_peak_memory_ratio, "cost"),
+    _one(cost.memory_overhead_ratio, "cost"),
+    Measurement(sharding.sharding_of_the_demo, sharding.DEMO_ROWS, "sharding"),
+    Measurement(sharding.sharding_of_a_deep_model, (sharding.DEEP_ROW,), "sharding", needs_run=False),
+    _one(throughput.pipeline_throughput_ratio, "speed"),
+    _one(scan.chunk_vs_oracle_speedup, "speed", needs_run=False),
+    Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
+)
+OPT_IN = "wallclock"
+"""The group that is measured only when it is named: it takes the better part of an hour."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See --help")
+
+
+def main(argv: Sequence[str] | None = None, measurements: Sequence[Measurement] = MEASUREMENTS) -> int:
+    """Measure, print, return the exit code."""
+    try:
+        given = _parser().parse_args(argv)
+        if given.list:
+            print(listing(measurements))
+            return 0
+        wanted = chosen(given.rows, measurements)
+        demo = Demo(Path(given.run).absolute())
+        if any(m.needs_run for m in measurements if wanted & {*m.names}):
+            demo.check()
+    except (ConfigError, DataError, IncompatibleError) as error:
+        print(f"scoreboard: {error}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    code = 0
+    try:
+        for row in measured(demo, wanted, measurements):
+            if row is None:
+                code = 1
+                continue
+            rows.append(row)
+            print(row.json(), flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    print("\n" + table(rows))
+    if given.out:
+        Path(given.out).write_text(json.dumps(document(rows, demo), indent=2) + "\n")
+    return code
+
+
+def chosen(texts: Sequence[str], measurements: Sequence[Measurement]) -> set[str]:
+    """Names of rows and groups, separated by commas or blanks, to names of rows; nothing is all that is not opt-in.
+
+    Raises ConfigError for a name that is neither.
+    """
+    groups: dict[str, set[str]] = {}
+    for measurement in measurements:
+        groups.setdefault(measurement.group, set()).update(measurement.names)
+    rows = set().union(*groups.values())
+    names = [name for text in texts for name in text.replace(",", " ").split()]
+    found: set[str] = set()
+    for name in names:
+        if name not in rows and name not in groups:
+            close = nearest(name, [*rows, *groups])
+            raise ConfigError(f"{name}: no such row" + (f", did you mean {close}?" if close else "") + " --list names all")
+        found |= groups.get(name, {name})
+    return found if names else set().union(*(names for group, names in groups.items() if group != OPT_IN))
+
+
+def measured(demo: Demo, wanted: Set[str], measurements: Sequence[Measurement]) -> Iterator[Row | None]:
+    """The wanted rows, timed; None for a measurement that failed, whose traceback goes to stderr."""
+    for measurement in measurements:
+        mine = wanted & {*measurement.names}
+        if not mine:
+            continue
+        print(f"measuring {_title(measurement)}", file=sys.stderr, flush=True)
+        since = time.perf_counter()
+        try:
+            for row in measurement.measure(demo, mine):
+                now = time.perf_counter()
+                if row.name in mine:
+                    yield dataclasses.replace(row, seconds=row.seconds or now - since)
+                since = now
+        except Exception:
+            traceback.print_exc()
+            print(f"scoreboard: {', '.join(sorted(mine))} could not be measured", file=sys.stderr)
+            yield None
+
+
+def listing(measurements: Sequence[Measurement]) -> str:
+    """Every row under its group, with the first line of how it is measured."""
+    lines, group = [], ""
+    for measurement in measurements:
+        if measurement.group != group:
+            group = measurement.group
+            lines.append(f"{group}" + (" (only when named)" if group == OPT_IN else ""))
+        doc = (measurement.measure.__doc__ or "").strip().splitlines()[0]
+        lines += [f"  {name:<56}{doc}" for name in measurement.names]
+    return "\n".join(lines)
+
+
+def document(rows: Sequence[Row], demo: Demo) -> dict[str, object]:
+    """What `--out` writes: the rows, and of what and when they are."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "schema": "cortex-scoreboard/1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": git.stdout.strip() or None,
+        "run": demo.folder.name,
+        "cpus": os.cpu_count(),
+        "rows": [json.loads(row.json()) for row in rows],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="scoreboard", description=(__doc__ or "").split("\n\n")[1], allow_abbrev=False)
+    parser.add_argument("rows", nargs="*", metavar="ROW,ROW", help="rows or groups; without any, all but the wallclock group")
+    parser.add_argument("--list", action="store_true", help="name every row and how it is measured")
+    parser.add_argument("--run", default="runs/demo", metavar="FOLDER", help="a finished run [runs/demo]")
+    parser.add_argument("--out", metavar="FILE", help="also write all rows to this JSON file")
+    return parser
+
+
+def _title(measurement: Measurement) -> str:
+    return measurement.measure.__name__.replace("_", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

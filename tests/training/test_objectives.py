@@ -1,0 +1,304 @@
+"""The training loss against a plain reading of the same batch: values, gradients, where they are cut, what is frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.passes import MemoryPass
+from cortex_core.backbone.reading import read_segments
+from cortex_core.backbone.segments import Layout
+from cortex_core.config import TrainingConfig
+from cortex_core.fast_weights.state import FastWeights
+from cortex_core.training.objectives import KL_STRIDE, Batch, ReadingLoss
+from tests import tiny
+from tests.tiny import SEGMENT
+
+ROWS, SEGMENTS, WINDOWS = 3, 5, 3
+
+
+def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, seed: int = 1) -> Batch:
+    """Random tokens; two answers per row in each segment from `first_answer_segment` on, and in each window but one."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab = len(tiny.vocabulary().tokenizer)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(3, vocab, shape, generator=generator)
+
+    answer = torch.zeros(ROWS, SEGMENTS, SEGMENT, dtype=torch.bool)
+    for row in range(ROWS):
+        answer[row, first_answer_segment:, 3 + row] = answer[row, first_answer_segment:, SEGMENT - 1] = True
+    asked = torch.zeros(windows, SEGMENT, dtype=torch.bool)
+    asked[1:, [5, 9]] = True
+    return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, ids(windows, SEGMENT), asked)
+
+
+def plain_reading(model: Cortex, ids: Tensor) -> tuple[Tensor, MemoryPass]:
+    """Logits of every token, all segments through the whole backbone in one call."""
+    logits, memory = read_segments(
+        model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True
+    )
+    assert logits is not None
+    return logits, memory
+
+
+def plain_kl(model: Cortex, batch: Batch, memory: MemoryPass) -> Tensor:
+    """KL(bare || with memory) window by window, position by position."""
+    text, answers = [], []
+    for number, (ids, asked) in enumerate(zip(batch.in_window_ids, batch.in_window_answer, strict=True)):
+        row = number * ROWS // len(batch.in_window_ids)
+        state = {n: FastWeights.at_chunk_start(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
+        layout = Layout.plain(ids[None, None], SEGMENTS * SEGMENT)
+        with_memory, _ = read_segments(model, ids[None, None], layout, state, predict=True)
+        with model.memory(False):
+            bare = model(input_ids=ids[None]).logits
+        assert with_memory is not None and bare is not None
+        p, q = bare[0].softmax(-1), with_memory[0].softmax(-1)
+        kl = (p * (p.log() - q.log())).sum(-1)
+        before = [int(position) - 1 for position in asked.nonzero()]
+        answers += [kl[position] for position in before]
+        text += [kl[position] for position in range(0, SEGMENT, KL_STRIDE) if position not in before]
+    return torch.stack(text).mean() + torch.stack(answers).mean()
+
+
+def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
+    """The objective as one would write it down."""
+    logits, memory = plain_reading(model, batch.input_ids)
+    answer, ids = batch.answer.flatten(1), batch.input_ids.flatten(1)
+    losses = [
+        functional.cross_entropy(logits[row, position - 1], ids[row, position])
+        for row, position in answer.nonzero()
+    ]
+    gates = torch.cat([reading.activation.flatten() for reading in memory.readings.values()])
+    limit = model.fast_weights.dead_zone - config.sparsity_margin
+    loss = torch.stack(losses).mean() + config.sparsity_weight * (gates - limit).clamp_min(0).mean()
+    if len(batch.in_window_ids):
+        loss = loss + config.kl_weight * plain_kl(model, batch, memory)
+    return loss
+
+
+def gradients(loss: Tensor, model: Cortex) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.sidecars.named_parameters() if p.grad is not None}
+
+
+def worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest difference of any gradient, relative to that gradient's norm."""
+    assert one.keys() == other.keys() and len(one) > 8
+    return max(float((one[n] - other[n]).norm() / one[n].norm().clamp_min(1e-12)) for n in one)
+
+
+@pytest.mark.parametrize("first_answer_segment", [0, 2, SEGMENTS - 1])
+@pytest.mark.parametrize("windows", [0, WINDOWS])
+def test_loss_and_gradients_are_those_of_a_plain_reading(first_answer_segment: int, windows: int) -> None:
+    """So reading the leading segments without the upper layers, and logits at answers alone, change nothing."""
+    model, config = tiny.model(open_gates=True), tiny.training(kl_weight=0.7, sparsity_weight=0.3)
+    batch = random_batch(first_answer_segment, windows)
+    loss, metrics = ReadingLoss(model, config)(batch)
+    expected = plain_loss(model, batch, config)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert float(metrics["loss"]) == loss.item() and not metrics["loss"].requires_grad
+    assert worst(gradients(expected, model), gradients(loss, model)) < 1e-4
+
+
+def test_metrics_are_those_of_a_plain_reading() -> None:
+    model, batch = tiny.model(open_gates=True), random_batch(3, WINDOWS)
+    first, row = batch.answer.flatten(1).nonzero()[0].tolist()[::-1], 0
+    with torch.no_grad():  # one answer that is right, so that accuracy is not 0
+        ids = batch.input_ids.flatten(1)
+        ids[row, first[0]] = plain_reading(model, batch.input_ids)[0][row, first[0] - 1].argmax()
+        _, metrics = ReadingLoss(model, tiny.training())(batch)
+        logits, memory = plain_reading(model, batch.input_ids)
+    positions = batch.answer.flatten(1).nonzero().tolist()
+    right = [int(logits[row, at - 1].argmax()) == int(ids[row, at]) for row, at in positions]
+    assert 0 < sum(right) < len(right)
+    assert float(metrics["accuracy"]) == pytest.approx(sum(right) / len(right))
+    (reading,) = memory.readings.values()
+    assert float(metrics["memory/write_frac"]) == pytest.approx(float((reading.write > 0).float().mean()))
+    assert 0.05 < float(metrics["memory/write_frac"]) < 0.95
+    norms = reading.final_state.up.norm(dim=(-2, -1))
+    assert float(metrics["memory/state_norm"]) == pytest.approx(float(norms.mean()), rel=1e-5)
+    parts = metrics["loss/answer_nats"] + 0.02 * metrics["loss/sparsity"] + metrics["loss/in_window_kl_nats"]
+    assert float(metrics["loss"]) == pytest.approx(float(parts), rel=1e-6)
+
+
+class Embeddings:
+    """Every embedding that the backbone computes within the block, as a leaf that collects its gradient."""
+
+    def __init__(self, model: Cortex) -> None:
+        self.leaves: list[Tensor] = []
+        self._module = model.backbone.get_input_embeddings()
+
+    def __enter__(self) -> Embeddings:
+        self._handle = self._module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *exit_: object) -> None:
+        self._handle.remove()
+
+    def _keep(self, module: object, args: object, out: Tensor) -> Tensor:
+        self.leaves.append(out.detach().requires_grad_())
+        return self.leaves[-1]
+
+    def reached(self, rows: int) -> list[bool]:
+        """For each segment in order, whether any gradient came back to it."""
+        found = []
+        for leaf in self.leaves:
+            of_segments = leaf.unflatten(0, (rows, -1)).transpose(0, 1)
+            grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            by_segment = grad.unflatten(0, (rows, -1)).transpose(0, 1)
+            found += [bool(segment.abs().sum() > 0) for segment in by_segment[: len(of_segments)]]
+        return found
+
+
+@pytest.mark.parametrize(
+    ("first_answer_segment", "keep", "expected"),
+    [
+        (4, 0, "11111"), (4, 1, "00011"), (4, 2, "00111"), (4, 3, "01111"), (4, 4, "11111"), (4, 9, "11111"),
+        (2, 1, "01111"), (2, 2, "11111"), (0, 1, "11111"),
+    ],
+)  # fmt: skip
+def test_truncation_cuts_gradients_exactly_there_and_no_values(
+    first_answer_segment: int, keep: int, expected: str
+) -> None:
+    """`keep` segments of carried state before the first answer; what is older gets no gradient at all."""
+    model, batch = tiny.model(open_gates=True), random_batch(first_answer_segment)
+    config = tiny.training(sparsity_weight=0.0, truncate_segments=keep)
+    with Embeddings(model) as seen:
+        loss, _ = ReadingLoss(model, config)(batch)
+        loss.backward()
+    assert "".join("01"[reached] for reached in seen.reached(ROWS)) == expected
+    whole, _ = ReadingLoss(model, tiny.training(sparsity_weight=0.0))(batch)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant() -> None:
+    model, batch = tiny.model(open_gates=True), random_batch()
+    config = tiny.training(sparsity_weight=0.0, truncate_segments=2)
+    loss, _ = ReadingLoss(model, config)(batch)
+    truncated = gradients(loss, model)
+    old, new = batch.input_ids[:, : SEGMENTS - 3], batch.input_ids[:, SEGMENTS - 3 :]
+    with torch.no_grad():
+        _, memory = plain_reading(model, old)
+    start = {n: FastWeights.at_chunk_start(s.up) for n, s in memory.final.items()}
+    layout = Layout.plain(new, old[0].numel())
+    logits, _ = read_segments(model, new, layout, start, predict=True)
+    assert logits is not None
+    answer = batch.answer[:, SEGMENTS - 3 :].flatten(1)
+    expected = functional.cross_entropy(
+        logits[:, :-1][answer[:, 1:]], new.flatten(1)[:, 1:][answer[:, 1:]]
+    )
+    assert worst(gradients(expected, model), truncated) < 1e-4
+    full, _ = ReadingLoss(model, tiny.training(sparsity_weight=0.0))(batch)
+    assert worst(gradients(full, model), truncated) > 1e-2, "truncation makes no difference here"
+
+
+def test_sparsity_reaches_every_segment_whatever_is_truncated() -> None:
+    model, batch = tiny.model(open_gates=True), random_batch()
+    config = tiny.training(truncate_segments=1)
+    with Embeddings(model) as seen:
+        ReadingLoss(model, config)(batch)[0].backward()
+    assert seen.reached(ROWS) == [True] * SEGMENTS
+
+
+def test_an_untrained_memory_changes_nothing_in_the_window() -> None:
+    _, metrics = ReadingLoss(tiny.model(), tiny.training())(random_batch(windows=WINDOWS))
+    assert float(metrics["loss/in_window_kl_nats"]) == 0.0
+    _, metrics = ReadingLoss(tiny.model(open_gates=True), tiny.training())(random_batch(windows=WINDOWS))
+    assert float(metrics["loss/in_window_kl_nats"]) > 1e-3
+
+
+def test_windows_are_read_with_other_facts_in_memory_and_do_not_train_their_writing() -> None:
+    model, batch = tiny.model(open_gates=True), random_batch(windows=WINDOWS)
+    config = tiny.training(sparsity_weight=0.0)
+    with Embeddings(model) as seen:
+        loss, metrics = ReadingLoss(model, config)(batch)
+        (loss - metrics["loss/answer_nats"]).backward(inputs=seen.leaves, retain_graph=True)
+        with_answers = [None if leaf.grad is None else leaf.grad.clone() for leaf in seen.leaves]
+    emptied = batch._replace(input_ids=torch.full_like(batch.input_ids, 3))
+    _, other = ReadingLoss(model, config)(emptied)
+    assert float(other["loss/in_window_kl_nats"]) != float(metrics["loss/in_window_kl_nats"])
+    alone, _ = ReadingLoss(model, config)(batch._replace(in_window_ids=batch.in_window_ids[:0], in_window_answer=batch.in_window_answer[:0]))  # fmt: skip
+    with Embeddings(model) as long_only:
+        ReadingLoss(model, config)(
+            batch._replace(
+                in_window_ids=batch.in_window_ids[:0], in_window_answer=batch.in_window_answer[:0]
+            )
+        )[0].backward()
+    assert alone.item() == pytest.approx(float(metrics["loss/answer_nats"]), abs=1e-6)
+    for with_windows, without in zip(with_answers, long_only.leaves, strict=False):
+        assert with_windows is not None and without.grad is not None
+        assert torch.allclose(with_windows, without.grad, atol=1e-8)
+
+
+def test_a_batch_without_windows_has_no_kl() -> None:
+    _, metrics = ReadingLoss(tiny.model(open_gates=True), tiny.training())(random_batch())
+    assert "loss/in_window_kl_nats" not in metrics
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_weights_scale_their_parts(weight: float) -> None:
+    model, batch = tiny.model(open_gates=True), random_batch(windows=WINDOWS)
+    loss, metrics = ReadingLoss(model, tiny.training(kl_weight=weight, sparsity_weight=weight))(batch)
+    others = weight * (metrics["loss/sparsity"] + metrics["loss/in_window_kl_nats"])
+    assert loss.item() == pytest.approx((metrics["loss/answer_nats"] + others).item(), rel=1e-6)
+
+
+def parts_of(batch: Batch, number: int) -> list[Batch]:
+    """Equal shares of a batch, in order, as workers or accumulation steps get them."""
+    chunks: list[Any] = [part.chunk(number) for part in batch]
+    return [Batch(*part) for part in zip(*chunks, strict=True)]
+
+
+@pytest.mark.parametrize(("rows", "windows"), [(8, 0), (8, 8), (8, 4), (4, 8)])
+@pytest.mark.parametrize("number", [2, 4])
+def test_the_loss_is_the_mean_over_equal_shares(rows: int, windows: int, number: int) -> None:
+    """Or a run would learn something else on another number of workers."""
+    config = tiny.training(batch_size=rows, in_window_batch_size=windows)
+    (batch,) = tiny.batches(config).micro_batches(3, 0, 1)
+    objective = ReadingLoss(tiny.model(open_gates=True), config)
+    whole, _ = objective(batch)
+    shares = torch.stack([objective(part)[0] for part in parts_of(batch, number)])
+    assert shares.mean().item() == pytest.approx(whole.item(), abs=1e-5)
+
+
+def digest(model: Cortex) -> str:
+    """Every bit of the backbone: parameters and buffers."""
+    sha = hashlib.sha256()
+    for name, value in sorted(model.backbone.state_dict().items()):
+        sha.update(name.encode() + value.numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_never_touches_the_backbone(checkpointing: bool) -> None:
+    model = tiny.model(open_gates=True)
+    if checkpointing:
+        model.checkpoint_gradients()
+    config = tiny.training(in_window_batch_size=4)
+    before, sidecars = digest(model), tiny.weights(model.sidecars)
+    tiny.train(tiny.learner(config, model), tiny.batches(config), 3)
+    assert digest(model) == before
+    assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
+    changed = {name for name, p in model.sidecars.named_parameters() if not torch.equal(p, sidecars[name])}
+    assert changed == sidecars.keys()
+
+
+@torch.no_grad()
+def test_logits_at_wanted_positions_are_the_full_ones_there() -> None:
+    model, batch = tiny.model(open_gates=True), random_batch()
+    wanted = torch.rand(batch.answer.shape, generator=torch.Generator().manual_seed(3)) < 0.2
+    full, _ = plain_reading(model, batch.input_ids)
+    states, layout = model.empty_states(ROWS), Layout.plain(batch.input_ids, 0)
+    some, _ = read_segments(model, batch.input_ids, layout, states, predict=wanted)
+    assert some is not None
+    assert torch.allclose(some, full[wanted.flatten(1)], atol=1e-6)
+    again, _ = plain_reading(model, batch.input_ids)
+    assert torch.equal(again, full), "the selection outlives its block"
