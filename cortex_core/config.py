@@ -1,7 +1,7 @@
 """Every knob of the core: one class per component, one default per knob, bounds checked when it is built.
 
-No torch, no ray: `cortex --help` and a wrong value are answered before either is imported. The line under a field is its
-documentation: unit, range, effect. Cross-field rules are validators named after the rule.
+No torch, no ray: `cortex --help` and a wrong value are answered before either is imported. The line under a field is
+its documentation: unit, range, effect. Cross-field rules are validators named after the rule.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class BackboneConfig(Settings):
     """A Hugging Face hub id, a local folder, or `builtin:<folder>` for a model that ships with the package."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); None takes the default branch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Parameter type of the frozen weights; `auto` takes the one in the checkpoint."""
+    dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights: `auto` takes the checkpoint's, `fast` bfloat16 where the processor multiplies it
+    natively and else float32. The memory itself is always float32."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention that the memory wraps."""
     segment_tokens: Annotated[int, Field(ge=8)] = 256
@@ -54,9 +55,9 @@ class FastWeightsConfig(Settings):
     """What a fully written token leaves of the older state. A token that is not written leaves all of it."""
     write_strength: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest step of the delta rule; 1 replaces what a key held. Below 2, or errors grow instead of shrinking."""
-    dead_zone: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.35
+    dead_zone: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Gate activations (0 to 1) up to here write exactly nothing, so that a gap of any length costs nothing."""
-    saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Gate activations from here on write at full strength."""
     gate_taps: Annotated[int, Field(ge=1, le=16)] = 4
     """Tokens that the gates look at: the one in question and those just before it in its segment."""
@@ -111,7 +112,7 @@ class TasksConfig(Settings):
     num_pairs: Annotated[int, Field(ge=1, le=64)] = 6
     """Facts per key-value example."""
     any_token_frac: Fraction = 0.5
-    """Share of key-value training examples whose keys and values are any tokens, not only words (never held-out words)."""
+    """Share of key-value training examples whose keys and values are any tokens; never held-out words."""
     num_queries: Annotated[int, Field(ge=1)] = 6
     """Questions per training example; evaluation asks one."""
 
@@ -148,18 +149,18 @@ class TrainingConfig(Settings):
     """Micro-batches per optimizer step on each worker."""
     max_segments: Annotated[int, Field(ge=2)] = 9
     """Longest training sequence, in segments."""
-    short_frac: Fraction = 0.3
-    """Share of training, from its start, spent on two segments of a quarter and then half the window; afterwards segments
-    are whole and their number is drawn from 2 to `max_segments`."""
+    short_frac: Fraction = 0.4
+    """Share of training, from its start, spent on two segments of a quarter and then half the window; afterwards
+    segments are whole and their number is drawn from 2 to `max_segments`."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
-    in_window_batch_size: Annotated[int, Field(ge=0)] = 8
+    in_window_batch_size: Annotated[int, Field(ge=0)] = 4
     """In-window sequences per optimizer step, over all workers, held to the bare model by KL; 0 turns them off."""
     kl_weight: NonNegative = 1.0
     """Weight of KL(bare model || model with memory), in nats per token, on the in-window sequences."""
-    sparsity_weight: NonNegative = 0.02
+    sparsity_weight: NonNegative = 1.0
     """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
-    sparsity_margin: NonNegative = 0.1
+    sparsity_margin: NonNegative = 0.2
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """Decay per step of the weight average that is evaluated and exported; 0 turns averaging off."""

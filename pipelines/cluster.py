@@ -82,12 +82,6 @@ def environment(cluster: ClusterConfig) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def quiet_worker() -> None:
-    """In a worker: what frameworks have to say goes to Ray's log files, and only from errors up."""
-    for name in ("ray.train", "transformers", "deepspeed", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def scaling(cluster: ClusterConfig) -> ScalingConfig:
     """What Ray Train reserves."""
     each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})

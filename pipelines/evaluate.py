@@ -25,7 +25,11 @@ def run(config: RunConfig, run_dir: Path) -> int:
         progress.phase("starting the cluster")
         with cluster.connect(config.cluster):
             finished = launch(
-                "evaluate", config, Run(out.absolute(), 0, "RUNNING"), [progress.callback()], (run_dir / SIDECARS_FOLDER).absolute()
+                "evaluate",
+                config,
+                Run(out.absolute(), 0, "RUNNING"),
+                [progress.callback()],
+                (run_dir / SIDECARS_FOLDER).absolute(),
             )
         document = complete(config, json.loads((finished / EVALUATION).read_text()))
         write_report(document, out, None)

@@ -1,4 +1,4 @@
-"""Runs a worker function on the cluster under Ray Train, or in this process, and returns its last checkpoint's folder."""
+"""Runs a worker function under Ray Train, or in this process, and returns the folder of its last checkpoint."""
 
 from __future__ import annotations
 

@@ -92,6 +92,7 @@ class Residency:
         if _in_backward() and _holds_weights(module):
             if self._layer_of.get(module) is not self._layer_of.get(next(iter(self._recomputed), module)):
                 self._let_go_recomputed()
+            self._let_go_others_than(module)
             self._recomputed[module] = None
         self._fetch_forward(module)
         self._sample()

@@ -49,8 +49,8 @@ class Run:
 def open_run(config: RunConfig) -> tuple[Run, bool]:
     """The run to work on, and whether it goes on from an earlier part.
 
-    A run that was interrupted or failed is resumed; one that is finished is done again from the start, its files replaced
-    at the end. Raises ConfigError if an unfinished run of this name has other settings.
+    A run that was interrupted or failed is resumed; one that is finished is done again from the start, its files
+    replaced at the end. Raises ConfigError if an unfinished run of this name has other settings.
     """
     folder = config.run_dir
     before = _read(folder)

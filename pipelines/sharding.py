@@ -122,6 +122,8 @@ def replicate(module: nn.Module) -> nn.Module:
 
 def _weights_dtype(backbone: BackboneConfig) -> str:
     """What `auto` will be: memory for the shards is laid out before the checkpoint is read."""
+    if backbone.dtype == "fast":
+        return load.fast_dtype()
     if backbone.dtype != "auto":
         return backbone.dtype
     from transformers import AutoConfig

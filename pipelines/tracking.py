@@ -120,19 +120,6 @@ class TrackedRun:
         self._record("training curves", read)
         return [row for _, row in sorted(rows.items())]
 
-    def history(self) -> list[dict[str, float]]:
-        """What was logged at each step, ascending: one dict a step with `step` and the metrics; empty if MLflow is away."""
-        steps: dict[int, dict[str, float]] = {}
-        try:
-            for name in self._client.get_run(self.run_id).data.metrics:
-                if not name.startswith("system/"):
-                    for point in self._client.get_metric_history(self.run_id, name):
-                        steps.setdefault(point.step, {"step": point.step})[name] = point.value
-        except Exception as error:  # a picture is not worth a run
-            self._problems.append(f"the training curves could not be read back from MLflow ({first_line(error)})")
-            return []
-        return [steps[step] for step in sorted(steps)]
-
     def finish(self, status: Status = "FINISHED") -> list[str]:
         """Close the run. Returns one line for each thing that MLflow did not take; the first call counts."""
         if self._finished:

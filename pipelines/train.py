@@ -90,7 +90,9 @@ def print_where(config: RunConfig, tracked: TrackedRun, console: Console) -> Non
     console.print(f"Picture   {config.run_dir / 'reach.png'}", soft_wrap=True, highlight=False)
     console.print(f"Sidecars  {config.run_dir / SIDECARS_FOLDER}", soft_wrap=True, highlight=False)
     command = tracked.ui_command()
-    console.print(f"MLflow    {tracked.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False)
+    console.print(
+        f"MLflow    {tracked.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False
+    )
 
 
 def _replace_folder(source: Path, target: Path) -> None:

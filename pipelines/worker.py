@@ -156,9 +156,13 @@ def _suite(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpus: Co
 def _save(
     folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None = None
 ) -> Path:
-    """Everything that a checkpoint holds: training state, sidecars as users load them, and the evaluation if there is one."""
+    """What a checkpoint holds: training state, sidecars as users load them, the evaluation if there is one."""
     checkpoint.save(folder, learner)
-    weights = {name.removeprefix("average."): value for name, value in learner.state()[0].items() if name.startswith("average.")}
+    weights = {
+        name.removeprefix("average."): value
+        for name, value in learner.state()[0].items()
+        if name.startswith("average.")
+    }
     write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
     if document is not None:
         (folder / EVALUATION).write_text(json.dumps(document))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import random
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ NOUNS = [
 ]
 """64 made-up words."""
 SEGMENT, WINDOW, CHUNK, RANK, PAIRS = 32, 64, 8, 16, 2
-MEMORY = FastWeightsConfig(rank=RANK, chunk_size=CHUNK)
+MEMORY = FastWeightsConfig(rank=RANK, chunk_size=CHUNK, dead_zone=0.35, saturation=0.95)
 TASKS = TasksConfig(num_pairs=PAIRS, num_queries=2, any_token_frac=0.0)
 FAST = OptimizerConfig(learning_rate=1e-2, gate_learning_rate=3e-2, output_learning_rate=0.2, warmup_steps=5)
 
@@ -70,7 +71,7 @@ def folder() -> Path:
     ).save_pretrained(root / "backbone")  # fmt: skip
     (root / "text").mkdir()
     for number in range(40):
-        words = itertools.islice(itertools.cycle(NOUNS[number:] + NOUNS[:number]), 100)
+        words = random.Random(number).choices(NOUNS, k=100)
         (root / "text" / f"file{number}.txt").write_text(" ".join(words), encoding="utf-8")
     return root
 
@@ -138,7 +139,10 @@ def model(memory: FastWeightsConfig = MEMORY, *, open_gates: bool = False) -> Co
 
 def training(**settings: object) -> TrainingConfig:
     """Short, without in-window sequences or averaging unless asked for."""
-    few = {"steps": 6, "batch_size": 4, "max_segments": 3, "in_window_batch_size": 0, "ema_decay": 0.0}
+    few = {
+        "steps": 6, "batch_size": 4, "max_segments": 3, "short_frac": 0.3, "in_window_batch_size": 0,
+        "sparsity_weight": 0.02, "sparsity_margin": 0.1, "ema_decay": 0.0,
+    }  # fmt: skip
     return TrainingConfig(**few | settings)
 
 
@@ -195,8 +199,9 @@ def run_config(out_dir: Path, **overrides: object) -> RunConfig:
         "backbone": backbone_config().model_dump(), "fast_weights": MEMORY.model_dump(),
         "data": corpus_config().model_dump(), "tasks": TASKS.model_dump(), "optimizer": FAST.model_dump(),
         "training": {
-            "steps": 6, "batch_size": 4, "in_window_batch_size": 4, "max_segments": 3,
-            "checkpoint_every_steps": 2, "report_every_steps": 1, "ema_decay": 0.9,
+            "steps": 6, "batch_size": 4, "in_window_batch_size": 4, "max_segments": 3, "short_frac": 0.3,
+            "sparsity_weight": 0.02, "sparsity_margin": 0.1, "ema_decay": 0.9,
+            "checkpoint_every_steps": 2, "report_every_steps": 1,
         },
         "evaluation": {
             "fillers": ["text"], "gaps_tokens": [0, 70], "num_examples": 6, "batch_size": 4, "perplexity_tokens": 1024,

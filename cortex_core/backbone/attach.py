@@ -73,7 +73,8 @@ def find_ports(model: PreTrainedModel) -> list[Port]:
     if not probe.ports or any(port.shape.hidden == 0 for port in probe.ports):
         model.set_attn_implementation(wrapped)
         raise IncompatibleError(
-            f"{name} cannot carry a memory: its attention does not go through transformers' AttentionInterface ({reason})"
+            f"{name} cannot carry a memory: its attention does not go through transformers' "
+            f"AttentionInterface ({reason})"
         )
     return probe.ports
 
@@ -84,7 +85,8 @@ def chosen_layers(config: FastWeightsConfig, num_layers: int) -> tuple[int, ...]
         return (max(1, num_layers // 4) if num_layers > 1 else 0,)
     if not config.layers or max(config.layers) >= num_layers:
         raise ConfigError(
-            f"fast_weights.layers = {list(config.layers)}: the backbone has layers 0 to {num_layers - 1}; name at least one"
+            f"fast_weights.layers = {list(config.layers)}: the backbone has layers 0 to {num_layers - 1}; "
+            "name at least one"
         )
     return tuple(sorted(set(config.layers)))
 

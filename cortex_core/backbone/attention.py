@@ -49,6 +49,7 @@ class AttentionPass(Protocol):
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         """It ran. q [rows, heads, tokens, d], k and v [rows, kv_heads, cached + tokens, d]; the result and what is
         returned [rows, tokens, heads, d]."""
+        ...
 
 
 _active: ContextVar[AttentionPass | None] = ContextVar("cortex_attention_pass", default=None)

@@ -118,15 +118,11 @@ def look_back(model: Decoder, *, head: int, distance: int, layer: int = 0, stren
     with torch.no_grad():
         attention.q_proj.weight[rows].mul_(0.1)
         attention.k_proj.weight[rows].mul_(0.1)
-        attention.k_proj.bias[rows] = strength * torch.cat(
-            [torch.ones_like(frequency), torch.zeros_like(frequency)]
-        )
+        attention.k_proj.bias[rows] = strength * torch.cat([torch.ones_like(frequency), torch.zeros_like(frequency)])
         attention.q_proj.bias[rows] = strength * torch.cat([torch.cos(turn), -torch.sin(turn)])
 
 
-def look_up(
-    model: Decoder, generator: torch.Generator, *, sharpness: float = 2.0, carried: float = 0.7
-) -> None:
+def look_up(model: Decoder, generator: torch.Generator, *, sharpness: float = 2.0, carried: float = 0.7) -> None:
     """Let heads of layer 1 find what followed the current token before; head 0 of layer 0 looks back by 1.
 
     Orthogonal subspaces of the residual stream, each as wide as a head. Layer 0 copies the code of the

@@ -40,7 +40,9 @@ def generate(
     settings = model.backbone.generation_config
     eos = options.get("eos_token_id", settings.eos_token_id)
     stops = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    pad = options.setdefault("pad_token_id", settings.pad_token_id if settings.pad_token_id is not None else min(stops, default=0))
+    pad = options.setdefault(
+        "pad_token_id", settings.pad_token_id if settings.pad_token_id is not None else min(stops, default=0)
+    )
     _append(model, session, prompt)
     if bool((session.num_tokens == 0).any()):
         raise ConfigError("generate: a row has no token to go on from; give it at least one")

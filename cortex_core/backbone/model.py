@@ -57,7 +57,9 @@ class Cortex(nn.Module):
         modules = {ports[n].module: (n, self.sidecars[str(n)]) for n in layers}
         for module in modules:
             module.register_forward_pre_hook(capture_hidden, with_kwargs=True)
-        backbone.get_output_embeddings().register_forward_pre_hook(select_positions)
+        head = backbone.get_output_embeddings()
+        assert isinstance(head, nn.Module)  # every causal language model has one
+        head.register_forward_pre_hook(select_positions)
         # Plain attributes inside a tuple: not registered as submodules a second time.
         self._ports: tuple[Mapping[nn.Module, tuple[int, Any]], ...] = (modules,)
         self._reader = (first_layers(backbone, ports[layers[-1]].module),)
@@ -79,9 +81,7 @@ class Cortex(nn.Module):
         return cls(backbone, fast_weights or FastWeightsConfig(), segment_tokens)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, sidecars: str | Path | None = None, **backbone_settings: Any
-    ) -> Cortex:
+    def from_pretrained(cls, name: str, sidecars: str | Path | None = None, **backbone_settings: Any) -> Cortex:
         """Load a backbone (hub id, folder, `builtin:…`) and, with `sidecars`, a trained memory for it.
 
         Further settings are those of `BackboneConfig`. Raises DataError, IncompatibleError, ConfigError.
@@ -91,7 +91,7 @@ class Cortex(nn.Module):
             chosen = config.segment_tokens if "segment_tokens" in backbone_settings else None
             return cls.attach(load_backbone(config), segment_tokens=chosen)
         saved = sidecar_files.read(Path(sidecars))
-        settings = {"segment_tokens": saved.segment_tokens} | backbone_settings
+        settings: dict[str, Any] = {"segment_tokens": saved.segment_tokens} | backbone_settings
         config = BackboneConfig(name=name, **settings)
         model = cls(load_backbone(config), saved.fast_weights, config.segment_tokens)
         sidecar_files.restore(model.sidecars, saved, fingerprint(model.backbone))
@@ -100,7 +100,11 @@ class Cortex(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the sidecars (not the backbone) to a folder, as safetensors and JSON."""
         sidecar_files.write(
-            Path(folder), dict(self.sidecars.state_dict()), self.fast_weights, self.segment_tokens, fingerprint(self.backbone)
+            Path(folder),
+            dict(self.sidecars.state_dict()),
+            self.fast_weights,
+            self.segment_tokens,
+            fingerprint(self.backbone),
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -136,8 +140,10 @@ class Cortex(nn.Module):
         return Session(self.empty_states(batch_size), Rows.empty(batch_size, device), start, self.identity())
 
     def load_session(self, path: str | Path) -> Session:
-        """Read a session that this model, or one with the same fingerprints, has saved. Raises as `load_session` there."""
-        return load_session(path, self.new_session(), self.segment_tokens, self.backbone.config.get_text_config().vocab_size)
+        """Read a session that this model, or one with the same fingerprints, has saved. Raises DataError, IncompatibleError."""
+        return load_session(
+            path, self.new_session(), self.segment_tokens, self.backbone.config.get_text_config().vocab_size
+        )
 
     def identity(self) -> dict[str, str]:
         """Fingerprints that a session must share with the model that continues it."""
@@ -145,7 +151,7 @@ class Cortex(nn.Module):
 
     def empty_states(self, batch: int) -> States:
         """Per memory layer, a state that holds nothing."""
-        return {int(layer): sidecar.empty_state(batch) for layer, sidecar in self.sidecars.items()}  # type: ignore[operator]
+        return {layer: sidecar.empty_state(batch) for layer, sidecar in self.ports.values()}
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -187,7 +193,9 @@ class Cortex(nn.Module):
         rows, _ = self._rows(input_ids, attention_mask, reward, session)
         return CortexOutput(None, advance(self, session, rows, keep=torch.zeros_like(rows.lengths))[1])
 
-    def generate(self, input_ids: Int[Tensor, "batch tokens"], session: Session | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, input_ids: Int[Tensor, "batch tokens"], session: Session | None = None, **options: Any
+    ) -> Tensor:
         """As `generate` of Hugging Face models, with a memory: input and output may be longer than the window.
 
         Returns input and new tokens [batch, tokens + new]. Raises ConfigError for options that cannot work with a
@@ -240,7 +248,9 @@ class Cortex(nn.Module):
         reward = torch.zeros(input_ids.shape, device=input_ids.device) if reward is None else reward.float()
         for name, value in (("attention_mask", mask), ("reward", reward)):
             if value.shape != input_ids.shape:
-                raise ConfigError(f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: they must agree")
+                raise ConfigError(
+                    f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: they must agree"
+                )
         return Rows.from_padded(input_ids, mask, reward), mask
 
 

@@ -1,4 +1,4 @@
-"""What listens to the backbone's attention while it reads: the sidecars of one model, with the state handed in and out."""
+"""What listens to the backbone's attention while it reads: the sidecars of one model, state in, state out."""
 
 from __future__ import annotations
 

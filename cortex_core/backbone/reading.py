@@ -32,8 +32,8 @@ def read_segments(
 ) -> tuple[Tensor | None, MemoryPass]:
     """One backbone call over all segments of all rows.
 
-    `predict` says where logits are wanted: everywhere ([batch, tokens, vocab]), at the positions of a mask ([wanted, vocab])
-    or nowhere (None), in which case only the layers up to the last memory run.
+    `predict` says where logits are wanted: everywhere ([batch, tokens, vocab]), at the positions of a mask ([wanted,
+    vocab]) or nowhere (None), in which case only the layers up to the last memory run.
     """
     batch, segments, width = input_ids.shape
     flat = input_ids.reshape(batch * segments, width)

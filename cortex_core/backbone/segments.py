@@ -29,7 +29,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def from_padded(
-        cls, input_ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"], reward: Float[Tensor, "batch tokens"]
+        cls,
+        input_ids: Int[Tensor, "batch tokens"],
+        mask: Bool[Tensor, "batch tokens"],
+        reward: Float[Tensor, "batch tokens"],
     ) -> Rows:
         """Rows of the tokens under `mask`, wherever the padding is; their order is kept."""
         order = torch.argsort(~mask, dim=1, stable=True)

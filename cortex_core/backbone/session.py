@@ -27,7 +27,9 @@ SCHEMA = "cortex-session/1"
 class Session:
     """The memory of a batch of independent readers. Made by `Cortex.new_session`, advanced by its calls."""
 
-    def __init__(self, states: States, open_rows: Rows, start_tokens: Int[Tensor, " batch"], identity: dict[str, str]):
+    def __init__(
+        self, states: States, open_rows: Rows, start_tokens: Int[Tensor, " batch"], identity: dict[str, str]
+    ) -> None:
         self.states = states
         """Per memory layer, the state at the start of the open segment."""
         self.open_rows = open_rows
@@ -133,7 +135,9 @@ def _check_tensors(path: str | Path, tensors: dict[str, Tensor], like: Session, 
             got = "missing" if value is None else f"{value.dtype} {list(value.shape)}"
             raise DataError(f"session file {path}: {name} is {got}, expected {dtype} {list(shape)}")
     if batch == 0 or open_tokens > segment_tokens:
-        raise DataError(f"session file {path}: {batch} rows of {open_tokens} open tokens; a segment has {segment_tokens}")
+        raise DataError(
+            f"session file {path}: {batch} rows of {open_tokens} open tokens; a segment has {segment_tokens}"
+        )
 
 
 def _check_values(path: str | Path, tensors: dict[str, Tensor], vocab_size: int) -> None:

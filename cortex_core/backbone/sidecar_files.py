@@ -51,7 +51,9 @@ def read(folder: Path) -> SavedSidecars:
     """Read a folder. Raises DataError if it is missing, truncated or of another schema."""
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
-            raise DataError(f"sidecars {folder}: {name} is missing; give a folder written by save_pretrained or a training run")
+            raise DataError(
+                f"sidecars {folder}: {name} is missing; give a folder written by save_pretrained or a training run"
+            )
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         if settings["schema"] != SCHEMA:
@@ -62,7 +64,9 @@ def read(folder: Path) -> SavedSidecars:
             folder, weights, config, int(settings["segment_tokens"]), str(settings["backbone_fingerprint"])
         )
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, ValidationError, SafetensorError) as error:
-        raise DataError(f"sidecars {folder}: not readable ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"sidecars {folder}: not readable ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
 
 
 def restore(sidecars: nn.Module, saved: SavedSidecars, backbone: str) -> None:

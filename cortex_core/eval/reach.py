@@ -57,7 +57,11 @@ def recall(
         on_progress(int(mask.sum()))
         questions = [(e.tokens[e.facts_tokens + gaps[-1] :], e.answer[e.facts_tokens + gaps[-1] :]) for e in longest]
         with_memory = _ask(model, session.fork(), questions)
-        bare = _bare(model, [np.concatenate([e.tokens[:stop], q]) for e, stop, (q, _) in zip(longest, stops, questions, strict=True)], questions)  # fmt: skip
+        texts = [
+            np.concatenate([e.tokens[:stop], tokens])
+            for e, stop, (tokens, _) in zip(longest, stops, questions, strict=True)
+        ]
+        bare = _bare(model, texts, questions)
         yield Hits(gap, tuple(indices), tuple(with_memory), tuple(bare))
 
 

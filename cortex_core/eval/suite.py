@@ -29,8 +29,8 @@ TEXT_ROW_SEGMENTS = 8
 class Suite:
     """What to ask, of which data, and this worker's share of it.
 
-    `gather` returns every worker's object, in order of rank; all workers run the same number of batches, so that sharded
-    weights can be gathered in step.
+    `gather` returns every worker's object, in order of rank; all workers run the same number of batches, so that
+    sharded weights can be gathered in step.
     """
 
     config: EvaluationConfig
@@ -86,7 +86,8 @@ class Suite:
                 interval = wilson(sum(outcomes), len(outcomes))
                 yield {
                     "task": task.name, "filler": task.filler.name, "gap_tokens": gap, "memory": memory,
-                    "accuracy": sum(outcomes) / len(outcomes), "n": len(outcomes), "low": interval[0], "high": interval[1],
+                    "accuracy": sum(outcomes) / len(outcomes), "n": len(outcomes),
+                    "low": interval.low, "high": interval.high,
                 }  # fmt: skip
 
     def _batches(self) -> list[range]:
@@ -121,7 +122,9 @@ class Suite:
     def _throughput(self, model: Cortex, repeats: int = 3) -> dict[str, float]:
         """Reading speed with memory on and off, side by side and interleaved; tokens per second of this worker."""
         rows = 16
-        text = np.stack([self.corpus.excerpt((self.seed, 6, row), model.segment_tokens, "held_out") for row in range(rows)])
+        text = np.stack(
+            [self.corpus.excerpt((self.seed, 6, row), model.segment_tokens, "held_out") for row in range(rows)]
+        )
         ids = torch.from_numpy(text).to(model.backbone.device)
         seconds = {True: float("inf"), False: float("inf")}
         for _ in range(repeats + 1):

@@ -11,9 +11,9 @@ from torch.nn import functional
 class TappedGate(nn.Module):
     """An activation per head and token, from the layer's input at the token and at the few before it in its segment.
 
-    A short causal convolution. What marks a fact ("remember", a colon, a quote) often stands a token or two before it; the
-    layer's own input shows that, but mixed with everything else, and a gate that must stay shut for 100,000 tokens needs
-    it unmixed.
+    A short causal convolution. What marks a fact ("remember", a colon, a quote) often stands a token or two before it.
+    The layer's own input shows that, but mixed with everything else, and a gate that must stay shut for 100,000 tokens
+    needs it unmixed.
     """
 
     def __init__(self, hidden: int, heads: int, taps: int, bias: float) -> None:
@@ -41,16 +41,12 @@ class TappedGate(nn.Module):
         return torch.sigmoid(logits[:, -new:]).transpose(1, 2)
 
 
-def hard_gate(
-    activation: Float[Tensor, "*shape"], dead_zone: float, saturation: float
-) -> Float[Tensor, "*shape"]:
+def hard_gate(activation: Float[Tensor, "*shape"], dead_zone: float, saturation: float) -> Float[Tensor, "*shape"]:
     """0 up to `dead_zone`, 1 from `saturation`, linear in between (a clipped sigmoid, when fed with one)."""
     return ((activation - dead_zone) / (saturation - dead_zone)).clamp(0.0, 1.0)
 
 
-def margin_penalty(
-    activation: Float[Tensor, "*shape"], dead_zone: float, margin: float
-) -> Float[Tensor, "*shape"]:
+def margin_penalty(activation: Float[Tensor, "*shape"], dead_zone: float, margin: float) -> Float[Tensor, "*shape"]:
     """How far an activation stands above the lower edge of the safety margin below the dead zone.
 
     The gate's own value has no gradient once it is 0; this one pushes on until the gate is `margin` away from opening,

@@ -69,9 +69,9 @@ class Sidecar(nn.Module):
         self.down_query = nn.Parameter(orthogonal.clone())
         self.key_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
         self.query_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
-        # sigmoid(-.3) = .43, just open: a gradient everywhere, and writes too weak to overwrite one another.
-        self.write_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=-0.3)
-        self.read_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=1.0)
+        # Just open: a gradient everywhere, and writes too weak to overwrite one another.
+        self.write_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=_just_open(config, 0.05))
+        self.read_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=_just_open(config, 0.25))
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
 
@@ -108,9 +108,7 @@ class Sidecar(nn.Module):
         def write_gate(surprise: Tensor, now: slice) -> Tensor:
             gate, scale = activation[:, :, now], 1.0
             if self.controller is not None:
-                plasticity = self.controller(
-                    surprise, uncertainty[:, :, now], tokens.reward[:, now], phase[:, now]
-                )
+                plasticity = self.controller(surprise, uncertainty[:, :, now], tokens.reward[:, now], phase[:, now])
                 gate, scale = gate * plasticity.gate, plasticity.scale
             modulated.append(gate)
             surprises.append(surprise)
@@ -137,6 +135,12 @@ class Sidecar(nn.Module):
         batch, _, tokens, _ = projected.shape
         extra = (hidden.float() @ content).view(batch, tokens, self.shape.heads, -1).transpose(1, 2)
         return functional.normalize(projected.float() @ down + extra, dim=-1, eps=1e-6)
+
+
+def _just_open(config: FastWeightsConfig, by: float) -> float:
+    """The bias with which a gate, after an untrained controller, stands `by` above the dead zone."""
+    activation = torch.tensor(min(config.dead_zone + by, 0.99))
+    return float(torch.logit(activation))
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:

@@ -37,5 +37,5 @@ def uncertainty(
 
 
 def phase(positions: Int[Tensor, "*shape"], period_tokens: int) -> Float[Tensor, "*shape"]:
-    """sin(2 pi t / period), t counted over the whole session; reduced before the float conversion, so exact for any t."""
+    """sin(2 pi t / period), t counted over the whole session; reduced as an integer, so exact for any t."""
     return torch.sin((positions % period_tokens).float() * (2 * math.pi / period_tokens))

@@ -100,13 +100,13 @@ def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntAr
 
 
 def _split(config: CorpusConfig) -> dict[Split, list[str]]:
-    """Texts of both splits. What is held out follows from the names alone; at least one unit is on each side."""
+    """Texts of both splits. Names alone decide what is held out; at least one unit is on each side."""
     documents = list(_sample(config))
     shares = {document.unit: _hash(document.unit) for document in documents}
     if len(shares) < 2:
         raise DataError(
-            f"corpus {_shown(config)} holds {len(shares)} documents with text; some train, some are held out: "
-            "give at least 2 files, or 2 records in one .jsonl or .parquet file"
+            f"corpus {_shown(config)} holds {len(shares)} documents with text, and some must be held "
+            "out: give at least 2 files, or 2 records in one .jsonl or .parquet file"
         )
     # Few documents may all fall on one side of the share: the nearest one then changes sides.
     bound = min(max(config.held_out_frac, min(shares.values()) + 1e-12), max(shares.values()))

@@ -31,13 +31,13 @@ class BatchSource:
     def shape(self, step: int) -> tuple[int, int]:
         """Segments and segment width of one step's sequences: two narrow segments at first, wider ones, then more.
 
-        A short way from fact to question is where a gate can learn at all what is worth writing: in a long one, writes on
-        filler have overwritten the facts before the question comes.
+        A short way from fact to question is where a gate can learn at all what is worth writing: in a long one, writes
+        on filler have overwritten the facts before the question comes.
         """
         training, full = self.training, self.segment_tokens
         done = step / training.steps
         if done < training.short_frac:
-            quarter = max(full // 4, self.narrowest)
+            quarter = min(max(full // 4, self.narrowest), full)
             return 2, quarter if done < training.short_frac / 2 else max(full // 2, quarter)
         if training.max_segments == 2:
             return 2, full
@@ -45,7 +45,7 @@ class BatchSource:
         return int(longest), full
 
     def tokens(self, step: int) -> int:
-        """Tokens that all workers together read in one step; windows count twice, with the bare model and with memory."""
+        """Tokens that all workers together read in one step; windows count twice: bare, and with memory."""
         segments, width = self.shape(step)
         long = self.training.batch_size * segments * width
         return long + 2 * self.training.in_window_batch_size * self.segment_tokens
@@ -65,7 +65,9 @@ class BatchSource:
         windows = _share(self.training.in_window_batch_size, step, part, parts)
         shape = (len(rows), segments, width)
         if windows:
-            ids, asked = self.in_window.in_window_batch(windows, self.segment_tokens, num_queries=self.tasks.num_queries)
+            ids, asked = self.in_window.in_window_batch(
+                windows, self.segment_tokens, num_queries=self.tasks.num_queries
+            )
         else:
             ids, asked = np.zeros((0, self.segment_tokens), np.int64), np.zeros((0, self.segment_tokens), np.bool_)
         return Batch(

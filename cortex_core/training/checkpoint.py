@@ -40,6 +40,8 @@ def load(folder: Path, learner: Learner) -> None:
     expected = {f"weights.{name}": p.shape for name, p in learner.parameters.items()}
     found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
     if expected != found:
-        raise DataError(f"checkpoint {folder}: is of another memory (fast_weights or backbone differ); use another run name")
+        raise DataError(
+            f"checkpoint {folder}: is of another memory (fast_weights or backbone differ); use another run name"
+        )
     torch.set_rng_state(tensors.pop("random_state"))
     learner.restore(tensors, counters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,8 +85,9 @@ class Learner:
         self.nonfinite_steps += 1
         if self.nonfinite_steps > self.training.max_nonfinite_steps:
             raise FloatingPointError(
-                f"{self.nonfinite_steps} steps had a loss or gradient that is not finite (training.max_nonfinite_steps = "
-                f"{self.training.max_nonfinite_steps}): lower optimizer.learning_rate or use a wider dtype"
+                f"{self.nonfinite_steps} steps had a loss or gradient that is not finite "
+                f"(training.max_nonfinite_steps = {self.training.max_nonfinite_steps}): "
+                "lower optimizer.learning_rate or use a wider dtype"
             )
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class Learner:
         self.step_number, self.nonfinite_steps = counters["step"], counters["nonfinite_steps"]
 
 
-def parameter_groups(parameters: dict[str, Tensor], settings: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Mapping[str, Tensor], settings: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters by kind, each with its peak learning rate."""
     rates = {"output_gate": settings.output_learning_rate}
     rates |= dict.fromkeys(("write_gate", "read_gate", "controller"), settings.gate_learning_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class ReadingLoss(nn.Module):
         keep = self.config.truncate_segments
         cuts = sorted({0, max(0, first - keep) if keep else 0, first, total})
         states, passes, logits = self.model.empty_states(len(batch.input_ids)), [], None
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             if start and keep and start <= first - keep:
                 states = _detached(states)
             ids = batch.input_ids[:, start:stop]
@@ -94,7 +95,8 @@ class ReadingLoss(nn.Module):
         wanted[:, ::KL_STRIDE] = True
         with torch.no_grad(), only_at(wanted):
             bare = self.model.backbone(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-        rows = torch.arange(len(ids), device=ids.device) % len(batch.input_ids)
+        # In proportion, not in turn: so that a share of the batch pairs windows with the rows that the whole would.
+        rows = torch.arange(len(ids), device=ids.device) * len(batch.input_ids) // len(ids)
         other = {n: FastWeights.at_chunk_start(s.up.detach()[rows]) for n, s in states.items()}
         layout = Layout.plain(ids[:, None], batch.input_ids[0].numel())
         logits, _ = read_segments(self.model, ids[:, None], layout, other, predict=wanted[:, None])

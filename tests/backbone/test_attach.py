@@ -70,13 +70,13 @@ def test_memory_switch_is_restored_after_an_error() -> None:
 
 def test_an_encoder_decoder_is_refused_by_name() -> None:
     config = tf.T5Config(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
-    with pytest.raises(IncompatibleError, match="T5ForConditionalGeneration.*decoder-only"):
+    with pytest.raises(IncompatibleError, match=r"T5ForConditionalGeneration.*decoder-only"):
         Cortex.attach(tf.AutoModelForSeq2SeqLM.from_config(config))
 
 
 def test_attention_outside_the_interface_is_refused_by_name() -> None:
     config = tf.MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4)
-    with pytest.raises(IncompatibleError, match="MambaForCausalLM.*AttentionInterface"):
+    with pytest.raises(IncompatibleError, match=r"MambaForCausalLM.*AttentionInterface"):
         Cortex.attach(tf.AutoModelForCausalLM.from_config(config))
 
 
@@ -109,7 +109,9 @@ class _Queries:
     def before(self, module: nn.Module, hidden: torch.Tensor, rotation: Rotation | None) -> None:
         self.rotation = rotation
 
-    def after(self, module, q, k, v, attended):  # noqa: ANN001, ANN201
+    def after(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor
+    ) -> torch.Tensor:
         if module.layer_idx == 0:
             assert self.rotation is not None
             self.seen += [q, k, self.rotation.undo(q), self.rotation.undo(k)]

@@ -71,7 +71,9 @@ def test_sampling_is_repeatable_and_max_length_counts_the_prompt() -> None:
     outs = []
     for _ in range(2):
         torch.manual_seed(3)
-        outs.append(model.generate(input_ids=ids, max_length=80, do_sample=True, top_k=20, pad_token_id=0, eos_token_id=None))
+        outs.append(
+            model.generate(input_ids=ids, max_length=80, do_sample=True, top_k=20, pad_token_id=0, eos_token_id=None)
+        )
     assert outs[0].shape == (1, 80)
     assert torch.equal(*outs)
 

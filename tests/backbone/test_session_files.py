@@ -152,7 +152,7 @@ def test_sidecars_of_another_backbone_are_refused(model: Cortex, tmp_path: Path)
 def test_damaged_sidecar_folders(model: Cortex, tmp_path: Path) -> None:
     model.backbone.save_pretrained(tmp_path / "backbone")
     folder = tmp_path / "sidecars"
-    with pytest.raises(DataError, match="cortex.json is missing"):
+    with pytest.raises(DataError, match=r"cortex\.json is missing"):
         Cortex.from_pretrained(str(tmp_path / "backbone"), sidecars=folder)
     open_gates(model)
     model.save_pretrained(folder)

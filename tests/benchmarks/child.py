@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHOWN_LINES = 15
 
 
-def run(function: Callable[..., Any], *, ranks: int = 1, timeout_s: float = 3600.0, **arguments: Any) -> list[Any]:
-    """`function(**arguments)` in `ranks` processes at once; returns what each returned, in order of rank.
+def run(name: str, *, ranks: int = 1, timeout_s: float = 3600.0, **arguments: Any) -> list[Any]:
+    """Call `name` ("module:function") in `ranks` processes at once; returns what each returned, in order of rank.
 
     Arguments and results travel as JSON. With several ranks the variables are set from which torch.distributed makes a
     process group. Raises RuntimeError, with the end of what was printed, if a process fails.
     """
-    name = f"{function.__module__}:{function.__qualname__}"
     with tempfile.TemporaryDirectory() as scratch:
         outs = [Path(scratch) / f"{rank}.json" for rank in range(ranks)]
         logs = [out.with_suffix(".log") for out in outs]
@@ -38,7 +36,9 @@ def run(function: Callable[..., Any], *, ranks: int = 1, timeout_s: float = 3600
                 command = [sys.executable, "-m", __name__, name, json.dumps(arguments), str(out)]
                 with log.open("wb") as said:
                     processes.append(
-                        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+                        subprocess.Popen(
+                            command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
+                        )
                     )
             codes = _wait(processes, timeout_s)
         finally:

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -24,7 +25,7 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, recall, scan, sharding, throughput, wallclock
+from tests.benchmarks.rows import cost, recall, sharding, speed, wallclock
 from tests.benchmarks.rows.demo import Demo
 
 Measure = Callable[[Demo, Set[str]], Iterator[Row]]
@@ -53,8 +54,8 @@ MEASUREMENTS = (
     _one(cost.memory_overhead_ratio, "cost"),
     Measurement(sharding.sharding_of_the_demo, sharding.DEMO_ROWS, "sharding"),
     Measurement(sharding.sharding_of_a_deep_model, (sharding.DEEP_ROW,), "sharding", needs_run=False),
-    _one(throughput.pipeline_throughput_ratio, "speed"),
-    _one(scan.chunk_vs_oracle_speedup, "speed", needs_run=False),
+    _one(speed.pipeline_throughput_ratio, "speed"),
+    _one(speed.chunk_vs_oracle_speedup, "speed", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
 OPT_IN = "wallclock"
@@ -111,7 +112,9 @@ def chosen(texts: Sequence[str], measurements: Sequence[Measurement]) -> set[str
     for name in names:
         if name not in rows and name not in groups:
             close = nearest(name, [*rows, *groups])
-            raise ConfigError(f"{name}: no such row" + (f", did you mean {close}?" if close else "") + " --list names all")
+            raise ConfigError(
+                f"{name}: no such row" + (f", did you mean {close}" if close else "") + "? --list names all"
+            )
         found |= groups.get(name, {name})
     return found if names else set().union(*(names for group, names in groups.items() if group != OPT_IN))
 
@@ -144,7 +147,8 @@ def listing(measurements: Sequence[Measurement]) -> str:
             group = measurement.group
             lines.append(f"{group}" + (" (only when named)" if group == OPT_IN else ""))
         doc = (measurement.measure.__doc__ or "").strip().splitlines()[0]
-        lines += [f"  {name:<56}{doc}" for name in measurement.names]
+        names = textwrap.wrap(" ".join(measurement.names), 100, break_on_hyphens=False)
+        lines += [f"  {doc}", *(f"    {line}" for line in names)]
     return "\n".join(lines)
 
 
@@ -165,7 +169,9 @@ def document(rows: Sequence[Row], demo: Demo) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="scoreboard", description=(__doc__ or "").split("\n\n")[1], allow_abbrev=False)
-    parser.add_argument("rows", nargs="*", metavar="ROW,ROW", help="rows or groups; without any, all but the wallclock group")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW,ROW", help="rows or groups; without any, all but the wallclock group"
+    )
     parser.add_argument("--list", action="store_true", help="name every row and how it is measured")
     parser.add_argument("--run", default="runs/demo", metavar="FOLDER", help="a finished run [runs/demo]")
     parser.add_argument("--out", metavar="FILE", help="also write all rows to this JSON file")

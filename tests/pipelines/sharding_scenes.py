@@ -17,14 +17,18 @@ from cortex_core.errors import ConfigError, DataError
 from pipelines.sharding import Shards, load_backbone, replicate
 
 WIDTH, VOCAB, SEGMENT = 32, 96, 12
-# What each optimizer step does with the backbone: f = whole model, with loss; v = only the first three layers, for the
-# state they leave; n = bare model without gradients. No two steps in a row visit the same modules.
+# What each optimizer step does with the backbone: f = whole model, with loss; v = only the first three layers, whose
+# output nobody uses, for the state they leave; n = bare model without gradients. No two steps visit the same modules.
 PLANS = ("f", "vf", "nf", "fff", "vvnf", "fnf")
 MODES = ("plain", "checkpointing", "accumulation")
 
 
 class WithSidecars(nn.Module):
-    """Two linear sidecars on the attention of layers 1 and 2 of a frozen model, and a state carried between calls."""
+    """Two linear sidecars on the attention of layers 1 and 2 of a frozen model.
+
+    Gradients reach them, and the frozen weights before them, through the model's output, through a penalty on what
+    they add, and through a state that is carried from call to call past any module's output.
+    """
 
     def __init__(self, backbone: Any, seed: int) -> None:
         super().__init__()
@@ -32,6 +36,7 @@ class WithSidecars(nn.Module):
         torch.manual_seed(seed)
         self.sidecars = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
         self.sidecars.register_buffer("scale", torch.tensor(0.5))
+        self._added: list[Tensor] = []
         for layer, sidecar in zip(backbone.model.layers[1:3], self.sidecars, strict=True):
             layer.self_attn.register_forward_hook(self._adds(sidecar), with_kwargs=True)
         view = copy.copy(backbone.model)
@@ -39,40 +44,35 @@ class WithSidecars(nn.Module):
         self._reader = (view,)
 
     def _adds(self, sidecar: nn.Module) -> Any:
-        def hook(
-            module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, ...]
-        ) -> tuple[Tensor, ...]:
+        def hook(module: Any, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             carry = kwargs.get("carry")
             if carry is None:
                 return out
-            return out[0] + sidecar(kwargs["hidden_states"] + carry[:, None]) * self.sidecars.scale, *out[1:]
+            added = sidecar(out[0] + kwargs["hidden_states"] + carry[:, None]) * self.sidecars.scale
+            self._added.append(added)
+            return out[0] + added, *out[1:]
 
         return hook
 
     def forward(self, tokens: Tensor, plan: str) -> Tensor:
         carry, total = tokens.new_zeros(len(tokens), WIDTH, dtype=torch.float32), torch.zeros(())
         for kind, part in zip(plan, tokens.split(SEGMENT, 1), strict=False):
-            if kind == "v":
-                carry = carry + self._reader[0](
-                    input_ids=part, use_cache=False, carry=carry
-                ).last_hidden_state.mean(1)
-            elif kind == "n":
+            self._added = []
+            if kind == "n":
                 with torch.no_grad():
-                    carry = carry + self.backbone(input_ids=part, use_cache=False).logits[:, :, :WIDTH].mean(
-                        1
-                    )
+                    self.backbone(input_ids=part, use_cache=False)
+            elif kind == "v":
+                self._reader[0](input_ids=part, use_cache=False, carry=carry)
+                carry = carry + torch.stack(self._added).mean((0, 2))
             else:
                 logits = self.backbone(input_ids=part, use_cache=False, carry=carry).logits
-                carry = carry + logits[:, :, :WIDTH].mean(1)
-                total = total + nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()
-                )
+                carry = carry + torch.stack(self._added).mean((0, 2))
+                total = total + nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+                total = total + torch.stack(self._added).square().mean()
         return total
 
 
-def _step(
-    model: nn.Module, shards: Shards, tokens: Tensor, plan: str, accumulate: bool
-) -> tuple[float, list[Tensor]]:
+def _step(model: nn.Module, shards: Shards, tokens: Tensor, plan: str, accumulate: bool) -> tuple[float, list[Tensor]]:
     for p in model.parameters():
         p.grad = None
     parts = tokens.chunk(2) if accumulate else (tokens,)
@@ -114,9 +114,7 @@ def pair(folder: str) -> dict[str, Any]:
         for backbone in (sharded, whole):
             _checkpointing(backbone, mode == "checkpointing")
         for number, plan in enumerate(PLANS):
-            tokens = torch.randint(
-                0, VOCAB, (4, 4 * SEGMENT), generator=torch.Generator().manual_seed(number)
-            )
+            tokens = torch.randint(0, VOCAB, (4, 4 * SEGMENT), generator=torch.Generator().manual_seed(number))
             with shards.watch() as peak:
                 loss, grads = _step(model, shards, tokens.chunk(2)[rank], plan, mode == "accumulation")
             share = torch.tensor(loss)

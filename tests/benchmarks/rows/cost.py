@@ -7,8 +7,6 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Demo
@@ -25,7 +23,11 @@ def text_perplexity_drift_percent(demo: Demo, wanted: Set[str]) -> Iterator[Row]
     run's report); 95 % interval over rows.
     """
     suite = demo.suite(
-        tasks=("key_value",), fillers=("text",), gaps_tokens=(0,), num_examples=2, perplexity_tokens=DRIFT_TOKENS
+        tasks=("key_value",),
+        fillers=("text",),
+        gaps_tokens=(0,),
+        num_examples=2,
+        perplexity_tokens=DRIFT_TOKENS,
     )
     drift = suite.run(demo.model)["drift"]
     value, low, high = (100 * (drift[key] - 1) for key in ("ratio", "low", "high"))
@@ -42,18 +44,28 @@ def evaluation_peak_memory_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     found = []
     for _ in range(REPEATS):
         short, long = (
-            child.run(peak_of_evaluation, run=str(demo.folder), gap_tokens=gap)[0] for gap in (SHORT_GAP, LONG_GAP)
+            child.run(f"{__name__}:peak_of_evaluation", run=str(demo.folder), gap_tokens=gap)[0]
+            for gap in (SHORT_GAP, LONG_GAP)
         )
         found.append(long / short)
     yield Row(
-        "evaluation_peak_memory_ratio", statistics.median(found), 1.05, "lower", "", REPEATS, min(found), max(found)
+        "evaluation_peak_memory_ratio",
+        statistics.median(found),
+        1.05,
+        "lower",
+        "",
+        REPEATS,
+        min(found),
+        max(found),
     )
 
 
 def peak_of_evaluation(run: str, gap_tokens: int) -> int:
     """In a process of its own: peak resident bytes while one batch is evaluated at one gap."""
     demo = Demo(Path(run))
-    suite = demo.suite(gaps_tokens=(gap_tokens,), num_examples=demo.config.evaluation.batch_size, perplexity_tokens=0)
+    suite = demo.suite(
+        gaps_tokens=(gap_tokens,), num_examples=demo.config.evaluation.batch_size, perplexity_tokens=0
+    )
     model: Any = demo.model
     Path("/proc/self/clear_refs").write_text("5")
     suite.run(model)
@@ -61,17 +73,18 @@ def peak_of_evaluation(run: str, gap_tokens: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-@torch.no_grad()
 def memory_overhead_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Time to read and predict 16 windows of held-out text with memory on, over the time with it off.
 
     15 pairs in one process, alternating; median with its 95 % interval.
     """
+    import torch
+
     model = demo.model
     ids = torch.from_numpy(demo.excerpts(READING_ROWS, model.segment_tokens)).to(model.backbone.device)
 
     def read(on: bool) -> None:
-        with model.memory(on):
+        with torch.no_grad(), model.memory(on):
             model(input_ids=ids)
 
     ratio = pairs.median(pairs.ratios(lambda: read(True), lambda: read(False), pairs=READING_PAIRS))

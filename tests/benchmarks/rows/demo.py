@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from cortex_core.backbone.load import load_tokenizer
-from cortex_core.backbone.model import Cortex
 from cortex_core.errors import DataError
-from cortex_core.eval.suite import Suite
-from cortex_core.tasks.corpus import Corpus, load_corpus
-from cortex_core.tasks.layout import TextTask
-from cortex_core.tasks.mixture import build_task
-from cortex_core.tasks.vocabulary import TaskVocabulary
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, load_config
-from pipelines.runs import STATE_FILE
+
+if TYPE_CHECKING:  # the rows are listed, and a wrong name is answered, before torch is imported
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from cortex_core.backbone.model import Cortex
+    from cortex_core.eval.suite import Suite
+    from cortex_core.tasks.corpus import Corpus
+    from cortex_core.tasks.layout import TextTask
+    from cortex_core.tasks.vocabulary import TaskVocabulary
 
 SEED = 20_001
 """Of everything that is drawn here. Not the run's own, so that its report and the scoreboard ask different questions."""
@@ -46,6 +45,8 @@ class Demo:
 
     def check(self) -> None:
         """Raises DataError, with the remedy, unless the run is there and finished."""
+        from pipelines.runs import STATE_FILE
+
         remedy = "run `make demo` first, or name another run's folder with --run"
         state = self.folder / STATE_FILE
         if not state.is_file():
@@ -70,26 +71,36 @@ class Demo:
     @cached_property
     def model(self) -> Cortex:
         """The trained model, loaded as a user loads it."""
+        from cortex_core.backbone.model import Cortex
+
         settings = self.config.backbone.model_dump(exclude={"name"})
         return Cortex.from_pretrained(self.config.backbone.name, self.sidecars, **settings).eval()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's."""
+        from cortex_core.backbone.load import load_tokenizer
+
         return load_tokenizer(self.config.backbone)
 
     @cached_property
     def vocabulary(self) -> TaskVocabulary:
         """The words of the tasks."""
+        from cortex_core.tasks.vocabulary import TaskVocabulary
+
         return TaskVocabulary.from_tokenizer(self.tokenizer)
 
     @cached_property
     def corpus(self) -> Corpus:
         """The run's text."""
+        from cortex_core.tasks.corpus import load_corpus
+
         return load_corpus(self.config.data, self.tokenizer)
 
     def task(self, filler: str) -> TextTask:
         """Key-value recall over words and text that training never saw."""
+        from cortex_core.tasks.mixture import build_task
+
         return build_task(
             "key_value", filler, self.vocabulary, self.corpus,
             split="held_out", seed=SEED, num_pairs=self.config.tasks.num_pairs,
@@ -97,11 +108,15 @@ class Demo:
 
     def suite(self, **settings: Any) -> Suite:
         """The product's evaluation with the run's settings but these (fields of `EvaluationConfig`)."""
+        from cortex_core.eval.suite import Suite
+
         config = self.config.evaluation.model_copy(update=settings)
         return Suite(config, self.vocabulary, self.corpus, self.config.tasks.num_pairs, SEED)
 
     def excerpts(self, rows: int, tokens: int) -> np.ndarray:
         """Held-out text, int64 [rows, tokens]."""
+        import numpy as np
+
         return np.stack([self.corpus.excerpt((SEED, row), tokens, "held_out") for row in range(rows)])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING
 
 from cortex_core.eval.intervals import paired_difference, wilson
-from cortex_core.eval.reach import recall
-from cortex_core.tasks.layout import TextTask
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Answers, Demo, batches
+
+if TYPE_CHECKING:
+    from cortex_core.tasks.layout import TextTask
 
 FILLERS = ("text", "random")
 GAPS = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -34,7 +36,9 @@ def recall_by_gap(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
         answers = _ask(demo, filler, gaps)
         for gap in gaps:
             if f"recall_{filler}_{gap}" in wanted:
-                yield _recall_row(f"recall_{filler}_{gap}", answers[gap], FAR_GOAL if gap == FAR else RECALL_GOAL)
+                yield _recall_row(
+                    f"recall_{filler}_{gap}", answers[gap], FAR_GOAL if gap == FAR else RECALL_GOAL
+                )
     if "recall_min" in wanted:
         cells = [demo.answers[filler, gap] for filler in FILLERS for gap in GAPS]
         yield _recall_row("recall_min", min(cells, key=lambda cell: sum(cell.with_memory)), RECALL_GOAL)
@@ -49,7 +53,14 @@ def bare_beyond_window(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     worst = max(cells, key=lambda cell: sum(cell.bare))
     interval = wilson(sum(worst.bare), len(worst.bare))
     yield Row(
-        "bare_beyond_window", interval.value, CHANCE_BOUND, "lower", "", len(worst.bare), interval.low, interval.high
+        "bare_beyond_window",
+        interval.value,
+        CHANCE_BOUND,
+        "lower",
+        "",
+        len(worst.bare),
+        interval.low,
+        interval.high,
     )
 
 
@@ -86,6 +97,8 @@ def _ask(demo: Demo, filler: str, gaps: Sequence[int]) -> dict[int, Answers]:
 
 
 def _measure(demo: Demo, task: TextTask, gaps: Sequence[int], indices: Sequence[int]) -> dict[int, Answers]:
+    from cortex_core.eval.reach import recall
+
     found = {gap: Answers((), (), 0.0) for gap in gaps}
     for batch in batches(indices, demo.config.evaluation.batch_size):
         since = time.perf_counter()
@@ -101,4 +114,14 @@ def _measure(demo: Demo, task: TextTask, gaps: Sequence[int], indices: Sequence[
 def _recall_row(name: str, answers: Answers, goal: float) -> Row:
     interval = wilson(sum(answers.with_memory), len(answers.with_memory))
     seconds = 0.0 if name == "recall_min" else answers.seconds
-    return Row(name, interval.value, goal, "higher", "", len(answers.with_memory), interval.low, interval.high, seconds)
+    return Row(
+        name,
+        interval.value,
+        goal,
+        "higher",
+        "",
+        len(answers.with_memory),
+        interval.low,
+        interval.high,
+        seconds,
+    )

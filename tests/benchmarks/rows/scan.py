@@ -1,8 +1,8 @@
-"""The row about the chunk-parallel form of the memory. `bench_chunk.py` times more shapes."""
+"""The chunk-parallel form of the memory and its oracle on the same random streams, to be timed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,25 +12,9 @@ from cortex_core.config import FastWeightsConfig
 from cortex_core.fast_weights.chunk import delta_scan
 from cortex_core.fast_weights.rules import WriteGate, delta_rule
 from cortex_core.fast_weights.state import FastWeights
-from tests.benchmarks import pairs
-from tests.benchmarks.row import Row
-from tests.benchmarks.rows.demo import Demo
 
 BATCH, HEADS, TOKENS, HEAD_DIM, RANK = 2, 4, 1024, 64, 16
 CHUNK_SIZE, DECAY = FastWeightsConfig().chunk_size, FastWeightsConfig().decay
-PAIRS = 9
-
-
-def chunk_vs_oracle_speedup(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """How many times faster the chunked scan is than the same recurrence token by token, forward and backward together.
-
-    1,024 tokens, 2 x 4 heads of 64 dimensions, rank 16, gradients of all inputs. 9 pairs in one process, alternating;
-    median with its 95 % interval.
-    """
-    inputs = streams(TOKENS)
-    found = pairs.ratios(lambda: oracle(inputs), lambda: scan(inputs), pairs=PAIRS, warm_up=1)
-    ratio = pairs.median(found)
-    yield Row("chunk_vs_oracle_speedup", ratio.value, None, "higher", "x", ratio.n, ratio.low, ratio.high)
 
 
 def streams(tokens: int, batch: int = BATCH) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
-"""The row about what the training pipeline costs on top of the training loop."""
+"""The same training through Ray Train and in a bare process; `speed.py` makes a row of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from pipelines import cluster, worker
 from pipelines.config import RunConfig, load_config
 from pipelines.launch import launch
 from pipelines.runs import Run
-from tests.benchmarks import child, pairs
-from tests.benchmarks.row import Row
-from tests.benchmarks.rows.demo import Demo
+from tests.benchmarks import child
 
-PAIRS, REPORT_STEPS, REPORTS = 5, 5, 3
+REPORT_STEPS, REPORTS = 5, 3
 COMMON = {
     "training.steps": REPORT_STEPS * REPORTS,
     "training.report_every_steps": REPORT_STEPS,
@@ -35,29 +33,21 @@ PIPELINE = COMMON | {"cluster.num_workers": 1, "sharding.stage": 3}
 BARE = COMMON | {"cluster.num_workers": 0, "sharding.stage": 0, "sharding.offload": "none"}
 
 
-def pipeline_throughput_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """Training tokens/s of one worker under Ray Train with ZeRO-3, over those of the same loop in a bare process.
-
-    Both run `worker.train` on the demo's settings and the same batches; the bare process knows no Ray and loads the backbone
-    whole. Each is a fresh process per run of 15 steps, of which the first 5 warm up. Five pairs in one session, alternately,
-    while the same cluster is up; median, smallest to largest. Ray lowers the priority of its workers, which on a busy machine
-    would measure the neighbours: here it may not.
-    """
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    settings = demo.config.model_dump()
+def interleaved(config: RunConfig, pairs: int) -> list[float]:
+    """seconds(bare process) / seconds(pipeline) of the timed steps, pair by pair, who begins alternating."""
+    settings = config.model_dump()
     pipeline = load_config(None, _flat(settings) | PIPELINE)
     found = []
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with tempfile.TemporaryDirectory() as scratch, cluster.connect(pipeline.cluster):
-        for number in range(PAIRS):
+        for number in range(pairs):
             ways = {
                 "pipeline": lambda number=number: _through_ray(pipeline, Path(scratch), number),
-                "bare": lambda: child.run(bare_process, settings=settings)[0],
+                "bare": lambda: child.run(f"{__name__}:bare_process", settings=settings)[0],
             }
-            order = sorted(ways, reverse=bool(number % 2))
-            seconds = {way: ways[way]() for way in order}
+            seconds = {way: ways[way]() for way in sorted(ways, reverse=bool(number % 2))}
             found.append(seconds["bare"] / seconds["pipeline"])
-    ratio = pairs.median(found)
-    yield Row("pipeline_throughput_ratio", ratio.value, 0.9, "higher", "", ratio.n, ratio.low, ratio.high)
+    return found
 
 
 def bare_process(settings: dict[str, Any]) -> float:
@@ -101,6 +91,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names, as overrides have them; what is None is left to its default."""
     flat = {}
     for name, value in settings.items():
-        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        inner = (
+            {f"{name}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
         flat |= {key: item for key, item in inner.items() if item is not None}
     return flat
