@@ -89,7 +89,7 @@ class FastWeightsConfig(Settings):
         return self
 
 
-class CorpusConfig(Settings):
+class DataConfig(Settings):
     """Real text: filler between facts, in-window training, and the held-out text on which drift is measured."""
 
     path: str | None = None

@@ -156,7 +156,7 @@ def _train(recipe: str, overrides: list[str]) -> int:
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
     from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
-    from pipelines.preflight import check_against_backbone, check_against_machine, check_corpus
+    from pipelines.preflight import check_against_backbone, check_against_machine, check_data
 
     if not (folder / CONFIG_FILE).is_file():
         state = f"has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
@@ -170,7 +170,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
             f"Go on with it: cortex train {shlex.quote(str(folder / CONFIG_FILE))}"
         )
     check_against_machine(config)
-    check_corpus(config)
+    check_data(config)
     check_against_backbone(config)
     from pipelines import evaluate
 

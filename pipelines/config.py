@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cortex_core.config import (
     BackboneConfig,
-    CorpusConfig,
+    DataConfig,
     EvaluationConfig,
     FastWeightsConfig,
     OptimizerConfig,
@@ -112,7 +112,7 @@ class RunConfig(Settings):
     """The frozen language model."""
     fast_weights: FastWeightsConfig = FastWeightsConfig()
     """The memory that is trained."""
-    data: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()
     """Real text."""
     tasks: TasksConfig = TasksConfig()
     """What the memory is trained on."""
@@ -143,16 +143,9 @@ class RunConfig(Settings):
     def batches_divide_evenly(self) -> RunConfig:
         """Every worker gets as many rows in every micro-batch, or gradients would be weighted wrongly."""
         workers, steps = max(self.cluster.num_workers, 1), self.training.accumulation_steps
-        over = f"cluster.num_workers = {workers}"
-        for name, size, parts, factors in (
-            (
-                "batch_size",
-                self.training.batch_size,
-                workers * steps,
-                f"{over} x accumulation_steps = {steps}",
-            ),
-            ("in_window_batch_size", self.training.in_window_batch_size, workers, over),
-        ):
+        parts, factors = workers * steps, f"cluster.num_workers = {workers} x accumulation_steps = {steps}"
+        for name in ("batch_size", "in_window_batch_size"):
+            size = getattr(self.training, name)
             if size % parts:
                 below, above = size - size % parts, size + parts - size % parts
                 choice = f"{below} or {above}" if below else f"{above}"

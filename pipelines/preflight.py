@@ -32,7 +32,7 @@ def check(config: RunConfig) -> None:
     """
     check_out_dir(config)
     check_against_machine(config)
-    check_corpus(config)
+    check_data(config)
     check_against_backbone(config)
 
 
@@ -45,7 +45,7 @@ def check_out_dir(config: RunConfig) -> None:
         raise ConfigError(f'out_dir = "{config.out_dir}": {existing} {why}. Set out_dir to another folder')
 
 
-def check_corpus(config: RunConfig) -> None:
+def check_data(config: RunConfig) -> None:
     """The path exists and holds a kind of file that is read."""
     if config.data.path is None:
         return

@@ -21,7 +21,7 @@ HELP = """\
 RECIPE is a TOML file or the name of one that ships. KEY=VALUE overrides one setting; values need no quotes.
 
 Example:
-  cortex pretrain pretrain --out models/mine steps=2000 corpus.path=notes/
+  cortex pretrain pretrain --out models/mine steps=2000 data.path=notes/
 
 Settings:
 """
@@ -63,9 +63,7 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path | None = None) 
     from cortex_core.training.pretrain import STATE, Pretraining
     from cortex_core.training.pretrain_export import export, measure
 
-    torch.set_num_threads(
-        1
-    )  # as in the recipe's claim, and so that sums are taken in the same order every time
+    torch.set_num_threads(1)  # as in the recipe's claim, and so that sums are taken in the same order every time
     checkpoint = checkpoint or out.with_name(f"{out.name}-checkpoint")
     console = Console()
     run = Pretraining.start(config)
@@ -81,15 +79,12 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path | None = None) 
             if run.step % config.checkpoint_every_steps == 0 or run.step == config.steps:
                 run.save(checkpoint)
         bar = progress.add_task("scoring", total=None)
-        scores = measure(
-            run, config.score_examples, lambda what: progress.update(bar, description=f"scoring {what}")
-        )
+        scores = measure(run, config.score_examples, lambda what: progress.update(bar, description=f"scoring {what}"))
     export(run, scores, out)
     console.print(f"{out}: {scores['text']['bits_per_byte']:.3f} bits per byte on held-out text")
     for row in scores["tasks"]:
         console.print(
-            f"  {row['task']}, {row['filler']} filler, {row['words']} words: "
-            f"{row['accuracy']:.3f} (n = {row['n']})"
+            f"  {row['task']}, {row['filler']} filler, {row['words']} words: {row['accuracy']:.3f} (n = {row['n']})"
         )
     return scores
 
@@ -127,11 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of one that ships")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ this time"
-    )
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ this time")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the model goes")
-    parser.add_argument(
-        "--checkpoint", metavar="FOLDER", help="where it resumes from [FOLDER-checkpoint beside --out]"
-    )
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="where it resumes from [FOLDER-checkpoint beside --out]")
     return parser

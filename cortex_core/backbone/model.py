@@ -140,7 +140,7 @@ class Cortex(nn.Module):
         return Session(self.empty_states(batch_size), Rows.empty(batch_size, device), start, self.identity())
 
     def load_session(self, path: str | Path) -> Session:
-        """Read a session that this model, or one with the same fingerprints, has saved. Raises DataError, IncompatibleError."""
+        """Read a session that a model with the same fingerprints has saved. Raises DataError, IncompatibleError."""
         return load_session(
             path, self.new_session(), self.segment_tokens, self.backbone.config.get_text_config().vocab_size
         )

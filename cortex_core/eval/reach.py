@@ -12,6 +12,9 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.tasks.layout import TextTask
 
+READ_TOKENS = 4096
+"""Tokens of each row per call: a long gap is streamed, or the copies of its tokens would add up."""
+
 
 class Hits(NamedTuple):
     """Exact-match results of some examples at one gap."""
@@ -50,11 +53,11 @@ def recall(
     for gap in gaps:
         stops = [example.facts_tokens + gap for example in longest]
         pieces = [e.tokens[start:stop] for e, start, stop in zip(longest, read_to, stops, strict=True)]
-        ids, mask = padded(pieces, model.backbone.device)
-        if ids.shape[1]:
+        for start in range(0, max(map(len, pieces)), READ_TOKENS):
+            ids, mask = padded([piece[start : start + READ_TOKENS] for piece in pieces], model.backbone.device)
             model.read(ids, session, attention_mask=mask)
         read_to = stops
-        on_progress(int(mask.sum()))
+        on_progress(sum(map(len, pieces)))
         questions = [(e.tokens[e.facts_tokens + gaps[-1] :], e.answer[e.facts_tokens + gaps[-1] :]) for e in longest]
         with_memory = _ask(model, session.fork(), questions)
         texts = [

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cortex_core.config import CorpusConfig
+from cortex_core.config import DataConfig
 from cortex_core.errors import DataError
 from cortex_core.tasks.vocabulary import IntArray, Split
 
@@ -59,7 +59,7 @@ class Corpus:
         return np.take(source, np.arange(start, start + num_tokens), mode="wrap").astype(np.int64)
 
 
-def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Any) -> Corpus:
     """Read, split and tokenise the text that `config` names.
 
     Documents are taken in the order of a hash of their names, so `max_bytes` cuts a fair sample, the same one
@@ -78,7 +78,7 @@ def load_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
     )
 
 
-def training_texts(config: CorpusConfig) -> list[str]:
+def training_texts(config: DataConfig) -> list[str]:
     """The training documents' text: what a tokenizer may be trained on."""
     return _split(config)["train"]
 
@@ -88,9 +88,7 @@ def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntAr
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     runs: list[NDArray[np.int32]] = []
     for first in range(0, len(texts), _BATCH):
-        encoded = tokenizer(texts[first : first + _BATCH], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        encoded = tokenizer(texts[first : first + _BATCH], add_special_tokens=False, verbose=False)["input_ids"]
         runs += [np.array([*ids, *separator], dtype=np.int32) for ids in encoded]
     starts = np.cumsum([0, *(len(run) for run in runs)])[:-1]
     tokens = np.concatenate(runs)
@@ -99,7 +97,7 @@ def tokenize(texts: list[str], tokenizer: Any) -> tuple[NDArray[np.int32], IntAr
     return tokens, starts.astype(np.int64)
 
 
-def _split(config: CorpusConfig) -> dict[Split, list[str]]:
+def _split(config: DataConfig) -> dict[Split, list[str]]:
     """Texts of both splits. Names alone decide what is held out; at least one unit is on each side."""
     documents = list(_sample(config))
     shares = {document.unit: _hash(document.unit) for document in documents}
@@ -116,7 +114,7 @@ def _split(config: CorpusConfig) -> dict[Split, list[str]]:
     return parts
 
 
-def _sample(config: CorpusConfig) -> Iterator[Document]:
+def _sample(config: DataConfig) -> Iterator[Document]:
     """Documents with text in hash order up to `max_bytes`; the last one is cut there."""
     files = _files(config)
     by_record = len(files) == 1
@@ -134,21 +132,19 @@ def _sample(config: CorpusConfig) -> Iterator[Document]:
                 return
 
 
-def _files(config: CorpusConfig) -> list[tuple[Path, str]]:
+def _files(config: DataConfig) -> list[tuple[Path, str]]:
     """Files to read with the names that decide their split: relative, so a folder may move."""
     if config.path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        found = [
-            path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)
-        ]
+        found = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
     else:
         root = Path(config.path)
         if root.is_file():
             if root.suffix not in SUFFIXES:
-                raise DataError(f"corpus.path = {config.path} is not one of {', '.join(SUFFIXES)}")
+                raise DataError(f"data.path = {config.path} is not one of {', '.join(SUFFIXES)}")
             return [(root, root.name)]
         if not root.is_dir():
-            raise DataError(f"corpus.path = {config.path} does not exist: name a file or a folder")
+            raise DataError(f"data.path = {config.path} does not exist: name a file or a folder")
         found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
     if not found:
         raise DataError(f"corpus {_shown(config)} holds no file of type {', '.join(SUFFIXES)}")
@@ -182,7 +178,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             except json.JSONDecodeError as error:
                 raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                raise DataError(f"{path} line {number} has no text in {column!r}: set corpus.text_column")
+                raise DataError(f"{path} line {number} has no text in {column!r}: set data.text_column")
             yield record[column]
 
 
@@ -196,13 +192,11 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         raise DataError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
-        raise DataError(f"{path} has no column {column!r}, only {names}: set corpus.text_column")
+        raise DataError(f"{path} has no column {column!r}, only {names}: set data.text_column")
     for batch in file.iter_batches(batch_size=1024, columns=[column]):
         for text in batch.column(0).to_pylist():
             if text is not None and not isinstance(text, str):
-                raise DataError(
-                    f"{path} column {column!r} holds {type(text).__name__}, not text: set corpus.text_column"
-                )
+                raise DataError(f"{path} column {column!r} holds {type(text).__name__}, not text: set data.text_column")
             yield text or ""
 
 
@@ -211,5 +205,5 @@ def _hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
-def _shown(config: CorpusConfig) -> str:
+def _shown(config: DataConfig) -> str:
     return "of the standard library" if config.path is None else config.path

@@ -38,10 +38,7 @@ class KeyValue(TextTask):
         rounds = -(-num_queries // self.num_pairs)
         asked = [pair for _ in range(rounds) for pair in rng.permutation(self.num_pairs)][:num_queries]
         return Sheet(
-            facts=[
-                self._line(" remember", keys[pair], values[pair], asks=False)
-                for pair in range(self.num_pairs)
-            ],
+            facts=[self._line(" remember", keys[pair], values[pair], asks=False) for pair in range(self.num_pairs)],
             queries=[self._line(" recall", keys[pair], values[pair], asks=True) for pair in asked],
         )
 

@@ -102,9 +102,7 @@ class TextTask(ABC):
         after = int(rng.integers(0, max(min(segment_tokens - asked, room - before), 0) + 1))
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
         gap_end = room - after
-        return join(
-            [prefix, filler[:before], *sheet.facts, filler[before:gap_end], *sheet.queries, filler[gap_end:]]
-        )
+        return join([prefix, filler[:before], *sheet.facts, filler[before:gap_end], *sheet.queries, filler[gap_end:]])
 
     def in_window_example(
         self, index: int, total_tokens: int, *, num_queries: int = 1, with_facts: bool = True
@@ -171,11 +169,7 @@ def _cuts(rng: np.random.Generator, room: int, num_facts: int, num_queries: int)
     """
     together_facts, together_queries = rng.random(2) < 0.5
     split = int(rng.integers(0, room + 1))
-    facts = (
-        np.full(num_facts, rng.integers(0, split + 1))
-        if together_facts
-        else rng.integers(0, split + 1, num_facts)
-    )
+    facts = np.full(num_facts, rng.integers(0, split + 1)) if together_facts else rng.integers(0, split + 1, num_facts)
     if together_queries:
         queries = np.full(num_queries, rng.integers(split, room + 1))
     else:

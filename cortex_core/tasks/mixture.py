@@ -110,10 +110,7 @@ class Mixture:
     def in_window_batch(self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1) -> Example:
         """Windows with everything inside. Both arrays [len(indices), total_tokens]."""
         return stack(
-            [
-                self.task(index).in_window_example(index, total_tokens, num_queries=num_queries)
-                for index in indices
-            ]
+            [self.task(index).in_window_example(index, total_tokens, num_queries=num_queries) for index in indices]
         )
 
 

@@ -64,9 +64,7 @@ class TaskVocabulary:
 
         Raises DataError when fewer than 24 words are single tokens with a leading space.
         """
-        pieces = {
-            text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*MARKERS, *DIGITS)
-        }
+        pieces = {text: tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*MARKERS, *DIGITS)}
         marker_ids = {token for text in MARKERS for token in pieces[text]}
         digit_ids = {token for text in DIGITS for token in pieces[text]}
         words = _single_token_words(tokenizer, excluded=marker_ids | digit_ids)

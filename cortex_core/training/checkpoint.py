@@ -31,17 +31,20 @@ def save(folder: Path, learner: Learner) -> None:
 def load(folder: Path, learner: Learner) -> None:
     """Continue from `save`. Raises DataError for a checkpoint that is not whole or of another configuration."""
     try:
-        counters = json.loads((folder / COUNTERS).read_text())
+        saved = json.loads((folder / COUNTERS).read_text())
         tensors = load_file(folder / TENSORS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        schema, random_state = saved.get("schema"), tensors.pop("random_state")
+        counters = {name: int(saved[name]) for name in ("step", "nonfinite_steps")} if schema == SCHEMA else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(f"checkpoint {folder}: not whole ({type(error).__name__}: {error})") from error
-    if counters.get("schema") != SCHEMA:
-        raise DataError(f"checkpoint {folder}: schema is {counters.get('schema')!r}, this version reads {SCHEMA!r}")
-    expected = {f"weights.{name}": p.shape for name, p in learner.parameters.items()}
-    found = {name: value.shape for name, value in tensors.items() if name.startswith("weights.")}
+    if schema != SCHEMA:
+        raise DataError(f"checkpoint {folder}: schema is {schema!r}, this version reads {SCHEMA!r}")
+    kinds = ("weights", "average")
+    expected = {f"{kind}.{name}": p.shape for kind in kinds for name, p in learner.parameters.items()}
+    found = {name: value.shape for name, value in tensors.items() if name.startswith(kinds)}
     if expected != found:
         raise DataError(
             f"checkpoint {folder}: is of another memory (fast_weights or backbone differ); use another run name"
         )
-    torch.set_rng_state(tensors.pop("random_state"))
+    torch.set_rng_state(random_state)
     learner.restore(tensors, counters)

@@ -41,9 +41,7 @@ class Pretraining:
     @classmethod
     def start(cls, config: PretrainConfig) -> Pretraining:
         """Read the corpus, train the tokenizer, create the model. Raises DataError for too little text."""
-        tokenizer = train_tokenizer(
-            training_texts(config.corpus), config.decoder.vocab_size, (*MARKERS, *DIGITS)
-        )
+        tokenizer = train_tokenizer(training_texts(config.data), config.decoder.vocab_size, (*MARKERS, *DIGITS))
         shape = config.decoder.model_dump(exclude={"vocab_size"})
         model = create_model(vocab_size=len(tokenizer), seed=config.seed, **shape)
         optimizer = torch.optim.AdamW(
@@ -54,7 +52,7 @@ class Pretraining:
             foreach=True,
         )
         vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
-        return cls(config, tokenizer, vocabulary, load_corpus(config.corpus, tokenizer), model, optimizer)
+        return cls(config, tokenizer, vocabulary, load_corpus(config.data, tokenizer), model, optimizer)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the last step; metrics of every `report_every_steps` steps, and of the last."""
@@ -88,9 +86,7 @@ class Pretraining:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint. Raises DataError without one, IncompatibleError for another run's."""
         if not (folder / STATE).is_file():
-            raise DataError(
-                f"{folder} holds no checkpoint ({STATE} is missing): give the folder of an earlier run"
-            )
+            raise DataError(f"{folder} holds no checkpoint ({STATE} is missing): give the folder of an earlier run")
         state = json.loads((folder / STATE).read_text())
         self._check_same_run(PretrainConfig.model_validate(state["config"]), folder)
         weights, moments = load_file(folder / WEIGHTS), load_file(folder / MOMENTS)
@@ -107,7 +103,7 @@ class Pretraining:
 
     def _check_same_run(self, saved: PretrainConfig, folder: Path) -> None:
         """The length of a run may change while its rate is level; what its steps were made from may not."""
-        for key in ("seed", "batch_size", "decoder", "corpus"):
+        for key in ("seed", "batch_size", "decoder", "data"):
             if getattr(saved, key) != getattr(self.config, key):
                 raise IncompatibleError(
                     f"{folder} was trained with {key} = {getattr(saved, key)}, this run has "
@@ -125,9 +121,7 @@ def train_step(
         torch.from_numpy(rows.answer_weight)[:, 1:],
     )
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(
-        text_weight
-    )
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(text_weight)
     text_loss, answer_loss = _weighted_mean(losses, text_weight), _weighted_mean(losses, answer_weight)
     early = step < config.rows.early_steps
     loss = (config.early_text_weight if early else 1.0) * text_loss + config.answer_weight * answer_loss

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cortex_core.config import CorpusConfig, Fraction, NonNegative, PositiveInt, Settings
+from cortex_core.config import DataConfig, Fraction, NonNegative, PositiveInt, Settings
 
 
 class DecoderConfig(Settings):
@@ -69,9 +69,7 @@ class RowsConfig(Settings):
         """Shares add up to at most 1."""
         total = self.task_frac
         if total > 1.0:
-            raise ValueError(
-                f"the shares of task rows add up to {total:.3f}: lower them to at most 1 together"
-            )
+            raise ValueError(f"the shares of task rows add up to {total:.3f}: lower them to at most 1 together")
         return self
 
     @property
@@ -128,4 +126,4 @@ class PretrainConfig(Settings):
     """Steps between reports."""
     decoder: DecoderConfig = DecoderConfig()
     rows: RowsConfig = RowsConfig()
-    corpus: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()

@@ -78,10 +78,7 @@ def card(scores: dict[str, Any]) -> str:
         "words of the tasks": f"keys: {words['train_keys']} for training, {words['held_out_keys']} held out; "
         f"values: {words['train_values']} and {words['held_out_values']}; no word is both",
     }
-    source = (
-        config["corpus"]["path"]
-        or f"the sources of Python {scores['python']}'s standard library, without tests"
-    )
+    source = config["data"]["path"] or f"the sources of Python {scores['python']}'s standard library, without tests"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -119,9 +119,7 @@ class RowSource:
         again = np.arange(window) > period
         return np.resize(run, window), np.zeros(window), self.config.repeat_weight * again
 
-    def _weighted(
-        self, example: Example, filler: str, *, answered: bool
-    ) -> tuple[IntArray, NDArray, NDArray]:
+    def _weighted(self, example: Example, filler: str, *, answered: bool) -> tuple[IntArray, NDArray, NDArray]:
         """Answers count as answers, or not at all where the facts are missing; the rest as text."""
         weight = 1.0 if filler == "text" else self.config.random_weight
         return example.tokens, weight * ~example.answer, 1.0 * example.answer * answered

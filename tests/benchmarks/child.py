@@ -36,9 +36,7 @@ def run(name: str, *, ranks: int = 1, timeout_s: float = 3600.0, **arguments: An
                 command = [sys.executable, "-m", __name__, name, json.dumps(arguments), str(out)]
                 with log.open("wb") as said:
                     processes.append(
-                        subprocess.Popen(
-                            command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
-                        )
+                        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
                     )
             codes = _wait(processes, timeout_s)
         finally:

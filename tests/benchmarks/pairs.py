@@ -18,9 +18,7 @@ class Median(NamedTuple):
     n: int
 
 
-def ratios(
-    first: Callable[[], object], second: Callable[[], object], *, pairs: int, warm_up: int = 2
-) -> list[float]:
+def ratios(first: Callable[[], object], second: Callable[[], object], *, pairs: int, warm_up: int = 2) -> list[float]:
     """seconds(first) / seconds(second) of each pair. Who begins alternates, `warm_up` pairs do not count."""
     found = []
     for number in range(warm_up + pairs):

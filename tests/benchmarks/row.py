@@ -40,9 +40,7 @@ class Row:
 
     def json(self) -> str:
         """One line, keys in the order of the fields. An interval that is not known is null."""
-        fields = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()
-        }
+        fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
         return json.dumps(fields | {"seconds": round(self.seconds, 1)})
 
 
@@ -51,15 +49,10 @@ def table(rows: Iterable[Row]) -> str:
     rows = list(rows)
     cells = [HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADINGS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     judged = [row.met for row in rows if row.met is not None]
-    lines.append(
-        f"\n{sum(judged)} of {len(judged)} goals met, {len(rows) - len(judged)} rows without a goal."
-    )
+    lines.append(f"\n{sum(judged)} of {len(judged)} goals met, {len(rows) - len(judged)} rows without a goal.")
     return "\n".join(lines)
 
 

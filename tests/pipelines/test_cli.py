@@ -53,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
          ["cluster.num_workers = 4096", f"at most {len(os.sched_getaffinity(0))}", "Set cluster.num_workers="]),
         (["evaluate", "runs/none"], ["runs/none: no such folder", "out_dir/name"]),
         (["evaluate", "."], [".: has no config.toml", "out_dir/name"]),
-        (["config", "trainning"], ["trainning: no such section", "fast_weights, corpus", "Did you mean training?"]),
+        (["config", "trainning"], ["trainning: no such section", "fast_weights, data", "Did you mean training?"]),
         (["config", "training.steps=0"], ["training.steps = 0: must be at least 1"]),
         (["config", "--recipe", "none"], ["none: no such recipe"]),
         (["ui"], ["runs: no mlflow.db in or beside it", "out_dir"]),

@@ -74,9 +74,7 @@ def test_no_workers_means_no_ray() -> None:
 
 @pytest.mark.usefixtures("_no_ray")
 @pytest.mark.parametrize("through", ["setting", "environment"])
-def test_an_address_where_nobody_answers_is_one_line_at_once(
-    monkeypatch: pytest.MonkeyPatch, through: str
-) -> None:
+def test_an_address_where_nobody_answers_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch, through: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -117,7 +117,7 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
         ("training.steps=2026-01-01",
          'training.steps = "2026-01-01": expected an integer, at least 1 (default 600)'),
         ("backbone.dtype=float3",
-         'backbone.dtype = "float3": expected one of "auto", "float32", "bfloat16", "float16"; '
+         'backbone.dtype = "float3": expected one of "auto", "fast", "float32", "bfloat16", "float16"; '
          'did you mean "float32"? (default "auto")'),
         ("sharding.stage=2", "sharding.stage = 2: expected one of 0, 3 (default 3)"),
         ("optimizer.betas=0.9", "optimizer.betas = [0.9]: expected a list of 2, each entry a number, at least 0, at most 1 "

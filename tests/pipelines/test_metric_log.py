@@ -88,9 +88,7 @@ def test_a_damaged_file_of_leftovers_is_passed_over(store: Store) -> None:
     assert store.steps() == [(1, 1.0)]
 
 
-def test_the_caller_does_not_wait_each_time(
-    store: Store, locked: Lock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_caller_does_not_wait_each_time(store: Store, locked: Lock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metric_log, "ANSWER_TIMEOUT_S", 0.2)
     log = store.log()
     with locked(store.uri):

@@ -135,7 +135,7 @@ def checked(folder: Path, **values: object) -> None:
 
 def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        checked(tmp_path, corpus__path=str(tmp_path / "text"))
+        checked(tmp_path, data__path=str(tmp_path / "text"))
     one_line(error, f'data.path = "{tmp_path}/text"', "no such file or folder", ".jsonl", "leave it out")
 
 
@@ -147,11 +147,11 @@ def test_a_corpus_of_another_kind(tmp_path: Path) -> None:
         (tmp_path / "text" / "book.pdf", "is not a file"),
     ):
         with pytest.raises(DataError) as error:
-            checked(tmp_path, corpus__path=str(path))
+            checked(tmp_path, data__path=str(path))
         one_line(error, f'data.path = "{path}"', state, ".txt, .jsonl, .parquet")
     (tmp_path / "text" / "a").mkdir()
     (tmp_path / "text" / "a" / "book.txt").touch()
-    checked(tmp_path, corpus__path=str(tmp_path / "text"))
+    checked(tmp_path, data__path=str(tmp_path / "text"))
 
 
 def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -60,9 +60,7 @@ def test_without_a_terminal_there_are_plain_lines(clock: Clock) -> None:
     shown.show({"phase": 0.0})
     for step in range(10, 110, 10):
         clock.now += 4
-        shown.show(
-            _training(step, loss=2.5, accuracy=0.25, **{"throughput/tokens_per_s": 12345.0, "grad_norm": 1.0})
-        )
+        shown.show(_training(step, loss=2.5, accuracy=0.25, **{"throughput/tokens_per_s": 12345.0, "grad_norm": 1.0}))
     assert out.getvalue().splitlines() == [
         "starting the cluster",
         "loading the backbone",
@@ -180,9 +178,7 @@ def _endless(settings: dict[str, Any]) -> int:
         step += 1
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "step").write_text(str(step))
-            mine = (
-                Checkpoint.from_directory(folder) if ray.train.get_context().get_world_rank() == 0 else None
-            )
+            mine = Checkpoint.from_directory(folder) if ray.train.get_context().get_world_rank() == 0 else None
             ray.train.report({"phase": 1.0, "step": step}, checkpoint=mine)
         Path(settings["note"]).write_text(str(step))
         time.sleep(0.1)
@@ -190,9 +186,7 @@ def _endless(settings: dict[str, Any]) -> int:
 
 
 def _trainer(workers: ClusterConfig, storage: Path, callbacks: list[Any], **settings: Any) -> TorchTrainer:
-    run = RunConfig(
-        name="run", storage_path=str(storage), failure_config=cluster.failure(workers), callbacks=callbacks
-    )
+    run = RunConfig(name="run", storage_path=str(storage), failure_config=cluster.failure(workers), callbacks=callbacks)
     return TorchTrainer(
         _by_value(_endless),
         train_loop_config=settings,
@@ -225,14 +219,9 @@ def test_ctrl_c_stops_the_workers_and_the_run_can_be_resumed(tmp_path: Path, ray
     finally:
         driver.kill()
     assert driver.returncode == 130, said
-    assert (
-        said.splitlines()[:2] == ["starting the cluster", "training"]
-        and said.splitlines()[-1] == "interrupted"
-    )
+    assert said.splitlines()[:2] == ["starting the cluster", "training"] and said.splitlines()[-1] == "interrupted"
     assert psutil.wait_procs(children, timeout=15)[1] == []
-    noted = json.loads((tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text())[
-        "checkpoint_results"
-    ]
+    noted = json.loads((tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
     last = max(int((tmp_path / "run" / each["checkpoint_dir_name"] / "step").read_text()) for each in noted)
     one = ray_here.model_copy(update={"num_workers": 1})  # on another number of workers, as it happens
     start = run_to_end(_trainer(one, tmp_path, [], stop=True)).return_value

@@ -56,10 +56,7 @@ def test_a_run_holds_the_configuration_and_what_was_reported(config: RunConfig, 
     assert run.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert saved.info.status == "FINISHED" and saved.info.run_name == "first"
     assert saved.data.params["fast_weights.rank"] == str(config.fast_weights.rank)
-    assert (
-        saved.data.params["cluster.address"] == "null"
-        and saved.data.params["backbone.name"] == config.backbone.name
-    )
+    assert saved.data.params["cluster.address"] == "null" and saved.data.params["backbone.name"] == config.backbone.name
     assert saved.data.metrics == {"loss": 0.05, "throughput/tokens_per_s": 5.0, "reach_tokens": 4096.0}
     assert _steps(run, "loss") == [(10, 0.1), (20, 0.05)]
     assert run.finish() == [] and not run.unsent.exists()
@@ -87,13 +84,9 @@ def test_artifacts_lie_beside_the_database(config: RunConfig, tmp_path: Path) ->
         run.log_artifacts([tmp_path / "report.html", tmp_path / "sidecars"])
         run.log_artifacts([tmp_path / "report.html"], folder="again")
         run.log_figure(Figure(), "figures/reach.png")
-        run.log_table(
-            [{"gap_tokens": 0, "accuracy": 1.0}, {"gap_tokens": 256, "accuracy": 0.5}], "reach.json"
-        )
+        run.log_table([{"gap_tokens": 0, "accuracy": 1.0}, {"gap_tokens": 256, "accuracy": 0.5}], "reach.json")
     artifacts = next((tmp_path / "mlartifacts").glob(f"{run.run_id}/artifacts"))
-    found = {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()} - {
-        tracking.DIFF_FILE
-    }
+    found = {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()} - {tracking.DIFF_FILE}
     expected = {"report.html", "sidecars/config.json", "again/report.html", "figures/reach.png", "reach.json"}
     assert found == expected and run.finish() == []
 
@@ -146,9 +139,7 @@ def test_no_step_is_written_twice(config: RunConfig) -> None:
     assert _steps(resumed, "accuracy") == [(3, 0.5), (4, 0.5), (5, 0.5)]
 
 
-def test_resuming_with_other_values_leaves_the_first_ones_and_a_tag(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_resuming_with_other_values_leaves_the_first_ones_and_a_tag(config: RunConfig, tmp_path: Path) -> None:
     with tracking.start(config) as run:
         pass
     with tracking.start(_config(tmp_path, **{"training.steps": 7}), run_id=run.run_id):
@@ -174,9 +165,7 @@ def test_what_never_arrives_is_said_at_the_end_and_sent_by_the_next_run(
         problems = run.finish()
     assert len(problems) == 3, problems
     assert problems[0].startswith("1 metric values did not reach MLflow") and str(run.unsent) in problems[0]
-    assert "unsent_metrics_of_driver.jsonl" in problems[1] and problems[2].startswith(
-        "status FINISHED: MLflow at "
-    )
+    assert "unsent_metrics_of_driver.jsonl" in problems[1] and problems[2].startswith("status FINISHED: MLflow at ")
     again = tracking.start(config, run_id=run.run_id)
     _report(again.callback(), 6, loss=6.0)
     again.finish()
@@ -220,9 +209,7 @@ def test_a_deleted_experiment_is_refused_with_the_way_back(config: RunConfig) ->
         pass
     client = MlflowClient(tracking_uri=run.uri)
     client.delete_experiment(client.get_run(run.run_id).info.experiment_id)
-    with pytest.raises(
-        ConfigError, match=r"tracking\.experiment = cortex: was deleted.*restore --experiment-id"
-    ):
+    with pytest.raises(ConfigError, match=r"tracking\.experiment = cortex: was deleted.*restore --experiment-id"):
         tracking.start(config)
 
 

@@ -10,13 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cortex_core.backbone.create import train_tokenizer
-from cortex_core.config import CorpusConfig
+from cortex_core.config import DataConfig
 from cortex_core.tasks.corpus import Corpus, load_corpus
 from cortex_core.tasks.vocabulary import DIGITS, MARKERS, TaskVocabulary
 
-NOUNS = [
-    f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")
-]
+NOUNS = [f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")]
 """64 made-up words."""
 
 
@@ -73,4 +71,4 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> TaskVocabulary:
 
 @pytest.fixture(scope="session")
 def corpus(tokenizer: PreTrainedTokenizerBase, corpus_folder: Path) -> Corpus:
-    return load_corpus(CorpusConfig(path=str(corpus_folder), held_out_frac=0.2), tokenizer)
+    return load_corpus(DataConfig(path=str(corpus_folder), held_out_frac=0.2), tokenizer)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from cortex_core.config import CorpusConfig
+from cortex_core.config import DataConfig
 from cortex_core.errors import DataError
 from cortex_core.tasks.corpus import Corpus, load_corpus, training_texts
 
@@ -28,7 +28,7 @@ def write(path: Path) -> Path:
 
 
 def load(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: object) -> Corpus:
-    return load_corpus(CorpusConfig.model_validate({"path": str(path), **settings}), tokenizer)
+    return load_corpus(DataConfig.model_validate({"path": str(path), **settings}), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["notes.jsonl", "notes.parquet"])
@@ -57,21 +57,17 @@ def test_folder_is_split_by_file_and_a_file_never_lands_in_both(
     assert len(sides) == 1, "the records of one file stay together"
 
 
-def test_split_does_not_change_when_the_folder_moves_or_grows(
-    tmp_path: Path, bpe: PreTrainedTokenizerBase
-) -> None:
+def test_split_does_not_change_when_the_folder_moves_or_grows(tmp_path: Path, bpe: PreTrainedTokenizerBase) -> None:
     texts = {}
     for name, count in (("a", 30), ("b", 40)):
         (tmp_path / name).mkdir()
         for number in range(count):
             (tmp_path / name / f"{number}.txt").write_text(f"file number {number} kores")
-        texts[name] = set(training_texts(CorpusConfig(path=str(tmp_path / name), held_out_frac=0.3)))
+        texts[name] = set(training_texts(DataConfig(path=str(tmp_path / name), held_out_frac=0.3)))
     assert texts["a"] == {text for text in texts["b"] if int(text.split()[2]) < 30}
 
 
-def test_documents_are_ended_and_starts_point_at_them(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_documents_are_ended_and_starts_point_at_them(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
     ends = corpus.train_starts[1:] - 1
     if tokenizer.eos_token_id is not None:
         assert (corpus.train[ends] == tokenizer.eos_token_id).all()
@@ -93,7 +89,7 @@ def test_excerpts_are_exact_deterministic_and_wrap(corpus: Corpus) -> None:
 
 
 def test_max_bytes_takes_a_sample_in_hash_order(corpus_folder: Path) -> None:
-    whole = CorpusConfig(path=str(corpus_folder), held_out_frac=0.2)
+    whole = DataConfig(path=str(corpus_folder), held_out_frac=0.2)
     part = whole.model_copy(update={"max_bytes": 4096})
     all_texts, some_texts = list(training_texts(whole)), list(training_texts(part))
     assert 0 < len(some_texts) < len(all_texts)
@@ -103,7 +99,7 @@ def test_max_bytes_takes_a_sample_in_hash_order(corpus_folder: Path) -> None:
 
 
 def test_standard_library_is_the_default() -> None:
-    texts = list(training_texts(CorpusConfig(max_bytes=300_000)))
+    texts = list(training_texts(DataConfig(max_bytes=300_000)))
     assert 100_000 < sum(len(text.encode()) for text in texts) <= 300_000
     assert any("def " in text for text in texts)
 
@@ -115,7 +111,7 @@ def test_standard_library_is_the_default() -> None:
         ("table.csv", "a,b", "is not one of .txt, .jsonl, .parquet"),
         ("empty.txt", "  \n", "holds 0 documents with text"),
         ("bad.jsonl", '{"text": "x"}\n{"text"', "line 2 is not JSON"),
-        ("column.jsonl", '{"body": "x"}', "line 1 has no text in 'text': set corpus.text_column"),
+        ("column.jsonl", '{"body": "x"}', "line 1 has no text in 'text': set data.text_column"),
         ("list.jsonl", "[1]", "line 1 has no text in 'text'"),
         ("fake.parquet", "not parquet", "is not a parquet file"),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text .byte 3.: convert it"),
@@ -135,7 +131,7 @@ def test_bad_data_is_one_readable_line(
 
 def test_parquet_without_the_column_names_what_it_has(tmp_path: Path, bpe: PreTrainedTokenizerBase) -> None:
     path = write(tmp_path / "notes.parquet")
-    with pytest.raises(DataError, match=r"has no column 'body', only id, text: set corpus\.text_column"):
+    with pytest.raises(DataError, match=r"has no column 'body', only id, text: set data\.text_column"):
         load(path, bpe, text_column="body")
     with pytest.raises(DataError, match="column 'id' holds int, not text"):
         load(path, bpe, text_column="id")

@@ -29,9 +29,7 @@ def test_lines_read_as_text(task: KeyValue, tokenizer: PreTrainedTokenizerBase) 
         assert part.tokens == tokenizer.encode(f" recall {key} {value};", add_special_tokens=False)
 
 
-def test_answer_is_the_value_that_the_key_was_given(
-    task: KeyValue, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_answer_is_the_value_that_the_key_was_given(task: KeyValue, tokenizer: PreTrainedTokenizerBase) -> None:
     for index in range(20):
         given = {part.tokens[1]: part.tokens[2] for part in task.sheet(index, 1).facts}
         assert len(given) == 4, "keys are distinct"

@@ -27,7 +27,5 @@ def test_answer_is_the_sum_from_the_units_up(bpe: PreTrainedTokenizerBase) -> No
 def test_operands_have_all_their_digits(bpe: PreTrainedTokenizerBase) -> None:
     vocabulary = TaskVocabulary.from_tokenizer(bpe)
     task = LongAddition(vocabulary, RandomFiller(vocabulary))
-    first, second = (
-        bpe.decode(task.sheet(0, 1).facts[0].tokens).removesuffix(";").removeprefix(" add").split(" plus")
-    )
+    first, second = bpe.decode(task.sheet(0, 1).facts[0].tokens).removesuffix(";").removeprefix(" add").split(" plus")
     assert len(first.split()) == len(second.split()) == 32

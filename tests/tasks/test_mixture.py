@@ -12,9 +12,7 @@ from cortex_core.tasks.layout import Example
 from cortex_core.tasks.mixture import Mixture, build_task, stack
 from cortex_core.tasks.vocabulary import TaskVocabulary
 
-EVERYTHING = TasksConfig(
-    names=("key_value", "copy_reverse", "n_back", "long_addition", "corpus"), num_pairs=4
-)
+EVERYTHING = TasksConfig(names=("key_value", "copy_reverse", "n_back", "long_addition", "corpus"), num_pairs=4)
 
 
 @pytest.fixture
@@ -31,15 +29,10 @@ def test_tasks_and_their_fillers_are_equally_likely(mixture: Mixture) -> None:
     assert sum(mixture.weights) == pytest.approx(1.0)
 
 
-def test_the_draw_depends_on_seed_and_index_alone(
-    vocabulary: TaskVocabulary, corpus: Corpus, mixture: Mixture
-) -> None:
+def test_the_draw_depends_on_seed_and_index_alone(vocabulary: TaskVocabulary, corpus: Corpus, mixture: Mixture) -> None:
     again = Mixture.from_config(EVERYTHING, vocabulary, corpus, seed=9)
     other = Mixture.from_config(EVERYTHING, vocabulary, corpus, seed=10)
-    names = [
-        [(m.task(index).name, m.task(index).filler.name) for index in range(60)]
-        for m in (mixture, again, other)
-    ]
+    names = [[(m.task(index).name, m.task(index).filler.name) for index in range(60)] for m in (mixture, again, other)]
     assert names[0] == names[1] != names[2]
 
 
@@ -72,9 +65,7 @@ def test_text_asks_nothing_and_opens_no_document(vocabulary: TaskVocabulary, cor
 def test_held_out_words_never_occur_in_a_training_task(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
     held_out = set(vocabulary.held_out_words())
     for name in ("key_value", "n_back"):
-        train, test = (
-            build_task(name, "random", vocabulary, corpus, split=split) for split in ("train", "held_out")
-        )
+        train, test = (build_task(name, "random", vocabulary, corpus, split=split) for split in ("train", "held_out"))
         for index in range(40):
             content = [token for part in train.sheet(index, 6).facts for token in part.tokens]
             assert not held_out & set(content)

@@ -18,9 +18,7 @@ def task(bpe: PreTrainedTokenizerBase) -> NBack:
 def test_answer_counts_from_the_end(task: NBack, bpe: PreTrainedTokenizerBase) -> None:
     asked = set()
     for index in range(20):
-        items = (
-            bpe.decode(task.sheet(index, 1).facts[0].tokens).removeprefix(" items ").removesuffix(";").split()
-        )
+        items = bpe.decode(task.sheet(index, 1).facts[0].tokens).removeprefix(" items ").removesuffix(";").split()
         assert len(set(items)) == 8
         marker, back, answer = bpe.decode(task.sheet(index, 1).queries[0].tokens).removesuffix(";").split()
         assert marker == "item"

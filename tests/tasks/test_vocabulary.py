@@ -12,9 +12,7 @@ from cortex_core.errors import DataError
 from cortex_core.tasks.vocabulary import DIGITS, MARKERS, TaskVocabulary
 
 
-def test_every_word_is_one_token_with_its_space(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: TaskVocabulary
-) -> None:
+def test_every_word_is_one_token_with_its_space(tokenizer: PreTrainedTokenizerBase, vocabulary: TaskVocabulary) -> None:
     for pools in (vocabulary.keys, vocabulary.values):
         for word in np.concatenate([pools["train"], pools["held_out"]]):
             text = tokenizer.decode([int(word)]).strip()
@@ -60,9 +58,7 @@ def test_digits_that_take_several_tokens() -> None:
     """A tokenizer that splits the space off: a digit is two ids, and a string of them is still exact."""
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789; "]
     words = [f"word{a}{b}" for a in "abcdefg" for b in "abcdefg"]
-    vocab = {
-        token: number for number, token in enumerate(["[UNK]", *letters, *(f" {word}" for word in words)])
-    }
+    vocab = {token: number for number, token in enumerate(["[UNK]", *letters, *(f" {word}" for word in words)])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r" [a-z]+|."), behavior="isolated")
     split = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")

@@ -9,9 +9,7 @@ import pytest
 from cortex_core.training.pretrain import Pretraining
 from cortex_core.training.pretrain_config import PretrainConfig
 
-NOUNS = [
-    f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")
-]
+NOUNS = [f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")]
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +34,7 @@ def pretrain_config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
                 "window_tokens": 128,
             },
             "rows": {"early_steps": 2},
-            "corpus": {"path": str(folder), "held_out_frac": 0.2},
+            "data": {"path": str(folder), "held_out_frac": 0.2},
         }
     )
 

@@ -59,9 +59,7 @@ def test_a_checkpoint_of_another_run_is_refused(
         started.resume(tmp_path)
     started.save(tmp_path)
     other = Pretraining.start(pretrain_config.model_copy(update={"seed": 1}))
-    with pytest.raises(
-        IncompatibleError, match="was trained with seed = 0, this run has 1: use the same value"
-    ):
+    with pytest.raises(IncompatibleError, match="was trained with seed = 0, this run has 1: use the same value"):
         other.resume(tmp_path)
     assert (tmp_path / MOMENTS).is_file()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortex_core.backbone.load import ASSETS
-from cortex_core.config import CorpusConfig
+from cortex_core.config import DataConfig
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.pretrain import Pretraining
@@ -34,9 +34,7 @@ class Shifted(torch.nn.Module):
 
 def test_scores_tell_a_model_that_knows_from_one_that_does_not(started: Pretraining) -> None:
     for ahead, accuracy in ((1, 1.0), (0, 0.0)):
-        rows = score_tasks(
-            Shifted(ahead), started.vocabulary, started.corpus, window_tokens=128, num_examples=5
-        )
+        rows = score_tasks(Shifted(ahead), started.vocabulary, started.corpus, window_tokens=128, num_examples=5)
         assert len(rows) == 10, "five tasks with two fillers each"
         assert {(row["task"], row["words"]) for row in rows} >= {
             ("key_value", "held_out"),
@@ -57,14 +55,10 @@ def test_bits_per_byte_of_a_uniform_model(started: Pretraining) -> None:
     score = bits_per_byte(Uniform(), started.corpus, window_tokens=128)
     assert score["nats_per_token"] == pytest.approx(np.log(len(started.tokenizer)), rel=1e-5)
     bytes_per_token = started.corpus.held_out_bytes / len(started.corpus.held_out)
-    assert score["bits_per_byte"] == pytest.approx(
-        np.log2(len(started.tokenizer)) / bytes_per_token, rel=1e-5
-    )
+    assert score["bits_per_byte"] == pytest.approx(np.log2(len(started.tokenizer)) / bytes_per_token, rel=1e-5)
 
 
-def test_the_exported_folder_loads_and_its_card_quotes_its_scores(
-    started: Pretraining, tmp_path: Path
-) -> None:
+def test_the_exported_folder_loads_and_its_card_quotes_its_scores(started: Pretraining, tmp_path: Path) -> None:
     scores = measure(started, 4)
     export(started, scores, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -108,7 +102,7 @@ def test_shipped_model_recalls_words_that_it_was_not_trained_on(shipped: Path) -
     vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
     scores = json.loads((shipped / "scores.json").read_text())
     assert len(vocabulary.keys["held_out"]) == scores["words"]["held_out_keys"]
-    corpus = load_corpus(CorpusConfig(max_bytes=400_000, held_out_frac=0.2), tokenizer)
+    corpus = load_corpus(DataConfig(max_bytes=400_000, held_out_frac=0.2), tokenizer)
     rows = score_tasks(model, vocabulary, corpus, window_tokens=256, num_examples=50)
     recall = [row["accuracy"] for row in rows if row["task"] == "key_value"]
     assert min(recall) >= 0.9

@@ -63,9 +63,7 @@ def evaluation_peak_memory_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 def peak_of_evaluation(run: str, gap_tokens: int) -> int:
     """In a process of its own: peak resident bytes while one batch is evaluated at one gap."""
     demo = Demo(Path(run))
-    suite = demo.suite(
-        gaps_tokens=(gap_tokens,), num_examples=demo.config.evaluation.batch_size, perplexity_tokens=0
-    )
+    suite = demo.suite(gaps_tokens=(gap_tokens,), num_examples=demo.config.evaluation.batch_size, perplexity_tokens=0)
     model: Any = demo.model
     Path("/proc/self/clear_refs").write_text("5")
     suite.run(model)

@@ -71,8 +71,11 @@ class Demo:
     @cached_property
     def model(self) -> Cortex:
         """The trained model, loaded as a user loads it."""
+        from transformers.utils import logging
+
         from cortex_core.backbone.model import Cortex
 
+        logging.disable_progress_bar()
         settings = self.config.backbone.model_dump(exclude={"name"})
         return Cortex.from_pretrained(self.config.backbone.name, self.sidecars, **settings).eval()
 

@@ -36,9 +36,7 @@ def recall_by_gap(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
         answers = _ask(demo, filler, gaps)
         for gap in gaps:
             if f"recall_{filler}_{gap}" in wanted:
-                yield _recall_row(
-                    f"recall_{filler}_{gap}", answers[gap], FAR_GOAL if gap == FAR else RECALL_GOAL
-                )
+                yield _recall_row(f"recall_{filler}_{gap}", answers[gap], FAR_GOAL if gap == FAR else RECALL_GOAL)
     if "recall_min" in wanted:
         cells = [demo.answers[filler, gap] for filler in FILLERS for gap in GAPS]
         yield _recall_row("recall_min", min(cells, key=lambda cell: sum(cell.with_memory)), RECALL_GOAL)

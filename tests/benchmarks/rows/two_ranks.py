@@ -17,7 +17,7 @@ from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import Batch, ReadingLoss
 from pipelines import worker
 from pipelines.config import RunConfig
-from pipelines.sharding import Shards, replicate
+from pipelines.sharding import Shards, decoder_layers, replicate
 from tests.benchmarks.rows.demo import SEED, Demo
 from tests.benchmarks.rows.sharding import DEEP_VOCABULARY, DEEP_WINDOW, RANKS, STEPS
 
@@ -37,8 +37,7 @@ def demo_scene(run: str) -> dict[str, float]:
     at_rest = shards.resident_numel() / shards.total_numel
     errors = _errors(config, model, shards, whole, halves)
     shares = _train(config, model, shards, halves[dist.get_rank()])
-    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in whole.backbone.modules())
-    return errors | shares | {"at_rest": at_rest, "largest_module": largest / shards.total_numel}
+    return errors | shares | {"at_rest": at_rest}
 
 
 def deep_scene(folder: str) -> dict[str, float]:
@@ -78,15 +77,11 @@ def _demo_batch(demo: Demo, rank: int) -> Batch:
     return Batch(tokens, answer, *(torch.from_numpy(part) for part in near))
 
 
-def _errors(
-    config: RunConfig, model: Cortex, shards: Shards, whole: Cortex, halves: list[Batch]
-) -> dict[str, float]:
+def _errors(config: RunConfig, model: Cortex, shards: Shards, whole: Cortex, halves: list[Batch]) -> dict[str, float]:
     """Largest relative differences between this rank's loss and gradients and those of the unsharded model."""
     losses = torch.tensor([_backward(ReadingLoss(whole, config.training), half) / RANKS for half in halves])
     expected = {name: p.grad / RANKS for name, p in whole.sidecars.named_parameters() if p.grad is not None}
-    mine = torch.tensor(
-        _backward(replicate(ReadingLoss(model, config.training)), halves[dist.get_rank()]) / RANKS
-    )
+    mine = torch.tensor(_backward(replicate(ReadingLoss(model, config.training)), halves[dist.get_rank()]) / RANKS)
     shards.release()
     dist.all_reduce(mine)
     got = {name: p.grad for name, p in model.sidecars.named_parameters() if p.grad is not None}
@@ -108,7 +103,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _train(config: RunConfig, model: Cortex, shards: Shards, batch: Batch) -> dict[str, float]:
-    """Largest shares of the frozen weights on this rank, after and during a few optimizer steps."""
+    """Largest shares of the frozen weights on this rank after and during a few optimizer steps, and what is beyond its part
+    at the peak, in units."""
     objective = replicate(ReadingLoss(model, config.training))
     learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
     peak = after = 0
@@ -116,4 +112,17 @@ def _train(config: RunConfig, model: Cortex, shards: Shards, batch: Batch) -> di
         with shards.watch() as seen:
             learner.step([batch])
         peak, after = max(peak, seen.backward_numel), max(after, shards.resident_numel())
-    return {"peak_backward": peak / shards.total_numel, "after_step": after / shards.total_numel}
+    return {
+        "peak_backward": peak / shards.total_numel,
+        "after_step": after / shards.total_numel,
+        "units_at_peak": (peak - shards.owned_numel) / _largest_unit(model),
+    }
+
+
+def _largest_unit(model: Cortex) -> int:
+    """Elements of the largest decoder layer, or module outside the layers, of a sharded backbone."""
+    layers = decoder_layers(model.backbone)
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in model.backbone.modules() if module not in inside]
+    parts = [layer.parameters() for layer in layers] + [m.parameters(recurse=False) for m in outside]
+    return max(sum(p.ds_numel for p in part) for part in parts)  # type: ignore[attr-defined]

@@ -72,9 +72,7 @@ class NoteReports(UserCallback):
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called with one dict per rank."""
         with Path(self.path).open("a") as file:
             file.write(json.dumps(metrics[0]) + "\n")
@@ -91,10 +89,6 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names, as overrides have them; what is None is left to its default."""
     flat = {}
     for name, value in settings.items():
-        inner = (
-            {f"{name}.{key}": item for key, item in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
+        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {key: item for key, item in inner.items() if item is not None}
     return flat

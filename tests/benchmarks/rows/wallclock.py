@@ -39,9 +39,7 @@ def wall_clock(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
                 continue
             seconds, peak_gb = _timed(command, clone)
             if f"{target}_seconds" in wanted:
-                yield Row(
-                    f"{target}_seconds", seconds, GOAL_SECONDS[target], "lower", "s", 1, seconds=seconds
-                )
+                yield Row(f"{target}_seconds", seconds, GOAL_SECONDS[target], "lower", "s", 1, seconds=seconds)
             if MEMORY_ROW in names & wanted:
                 yield Row(MEMORY_ROW, peak_gb, MEMORY_GOAL_GB, "lower", "GB", 1, seconds=seconds)
 
