@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cortex {metadata.version('cortex-memory')}")
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", title="commands, each with its own --help"
-    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, each with its own --help")
 
     def command(name: str, usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -134,12 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     overrides(config)
 
     ui = command("ui", "[FOLDER] [--port PORT]", "Open MLflow on the runs in a folder.")
-    ui.add_argument(
-        "folder", nargs="?", default="runs", metavar="FOLDER", help="out_dir or a run's folder [runs]"
-    )
-    ui.add_argument(
-        "--port", type=int, default=5000, help="where the page is served, on this machine only [5000]"
-    )
+    ui.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="out_dir or a run's folder [runs]")
+    ui.add_argument("--port", type=int, default=5000, help="where the page is served, on this machine only [5000]")
     return parser
 
 
@@ -160,9 +154,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
 
     if not (folder / CONFIG_FILE).is_file():
         state = f"has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
-        raise DataError(
-            f"{folder}: {state}, so it is no run. Give the folder that cortex train wrote: out_dir/name"
-        )
+        raise DataError(f"{folder}: {state}, so it is no run. Give the folder that cortex train wrote: out_dir/name")
     config = load_config(folder / CONFIG_FILE, overrides)
     if not (folder / SIDECARS_FOLDER).is_dir():
         raise DataError(
@@ -212,9 +204,7 @@ def ui_command(folder: Path, port: int) -> list[str]:
 
     database = next((p for p in (folder / DATABASE_FILE, folder.parent / DATABASE_FILE) if p.is_file()), None)
     if database is None:
-        raise DataError(
-            f"{folder}: no {DATABASE_FILE} in or beside it. Give the out_dir of a run, or train first"
-        )
+        raise DataError(f"{folder}: no {DATABASE_FILE} in or beside it. Give the out_dir of a run, or train first")
     uri = f"sqlite:///{database.absolute()}"
     print(f"MLflow on {uri}\nhttp://127.0.0.1:{port}   (stop with Ctrl-C)", flush=True)
     options = ["--backend-store-uri", uri, "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]

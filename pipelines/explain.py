@@ -142,9 +142,7 @@ def _alternatives(annotation: Any) -> list[Any]:
     return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
 
 
-def explain(
-    model: type[BaseModel], errors: Iterable[Mapping[str, Any]], data: Mapping[str, Any]
-) -> list[str]:
+def explain(model: type[BaseModel], errors: Iterable[Mapping[str, Any]], data: Mapping[str, Any]) -> list[str]:
     """One line per wrong setting, from pydantic's `errors` about `data`: name, value, bound, a way out."""
     lines: dict[str, str] = {}
     for error in errors:
@@ -159,12 +157,8 @@ def explain(
             lines.setdefault(rule, f"{name}.{rule}" if name else rule)
         elif field is None or _model(field):
             keys = ", ".join((_model(field) or model).model_fields)
-            lines.setdefault(
-                name, f"{name} = {show(error['input'])}: is a section; set one of its keys: {keys}"
-            )
-        elif (
-            kind != "too_short" or not error["input"]
-        ):  # else: counts the valid entries, the others have lines
+            lines.setdefault(name, f"{name} = {show(error['input'])}: is a section; set one of its keys: {keys}")
+        elif kind != "too_short" or not error["input"]:  # else: counts the valid entries, the others have lines
             key, line = _about_value(error, name, field, path[depth:], _get(data, path[:depth]))
             lines.setdefault(key, line)
     return list(lines.values())

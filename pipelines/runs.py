@@ -6,14 +6,14 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cortex_core.errors import ConfigError, DataError
 from pipelines.config import CONFIG_FILE, RunConfig, dump_toml, load_config
 
 STATE_FILE = "run.json"
 State = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-FREE = frozenset({"cluster", "tracking", "evaluation", "out_dir"})
+FREE = frozenset({"cluster", "sharding", "tracking", "evaluation", "out_dir"})
 """Sections that may change between the parts of one run: they do not decide what is learned."""
 
 
@@ -71,7 +71,10 @@ def _read(folder: Path) -> Run | None:
     if not file.is_file():
         return None
     try:
-        return Run(folder, **json.loads(file.read_text()))
+        run = Run(folder, **json.loads(file.read_text()))
+        if run.state not in get_args(State) or not isinstance(run.attempt, int):
+            raise TypeError(f"attempt {run.attempt!r}, state {run.state!r}")
+        return run
     except (json.JSONDecodeError, TypeError) as error:
         raise DataError(f"{file}: is damaged ({error}); remove {folder}, or choose another name=") from error
 

@@ -136,7 +136,9 @@ class TrackedRun:
 
     def ui_command(self) -> str:
         """What to type to see this run; empty if a server shows it already."""
-        return "" if self._served else f"cortex ui {os.path.relpath(Path(self._config.out_dir).absolute())}"
+        folder = Path(self._config.out_dir).absolute()
+        below = folder.is_relative_to(Path.cwd())
+        return "" if self._served else f"cortex ui {os.path.relpath(folder) if below else folder}"
 
     @property
     def url(self) -> str:

@@ -31,7 +31,8 @@ def run(config: RunConfig) -> int:
     """Train, evaluate and report; resumes a run of this name that did not finish. Returns the exit code."""
     console = Console()
     record, resumed = open_run(config)
-    console.print(f"{'Resuming' if resumed else 'Starting'} [bold]{config.name}[/] in {config.run_dir}")
+    doing = "Resuming" if resumed else "Starting"
+    console.print(f"{doing} [bold]{config.name}[/] in {config.run_dir}", soft_wrap=True, highlight=False)
     with Progress(console, total=config.training.steps) as progress:
         progress.phase("opening MLflow")
         with tracking.start(config, run_id=record.mlflow_run_id) as tracked:

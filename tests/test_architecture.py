@@ -120,9 +120,7 @@ def test_configuration_imports_no_tensors() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_files_are_small(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_FILE_LINES, (
-        f"{name(path)} has {lines} lines, at most {MAX_FILE_LINES}: split it by topic"
-    )
+    assert lines <= MAX_FILE_LINES, f"{name(path)} has {lines} lines, at most {MAX_FILE_LINES}: split it by topic"
 
 
 def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
@@ -156,9 +154,7 @@ def test_modules_are_documented_and_annotated_lazily(path: Path) -> None:
     assert ast.get_docstring(tree), f"{name(path)} has no docstring"
     imports = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
     has_code = any(not isinstance(node, ast.Expr) for node in tree.body)
-    assert not has_code or "__future__" in imports, (
-        f"{name(path)}: from __future__ import annotations is missing"
-    )
+    assert not has_code or "__future__" in imports, f"{name(path)}: from __future__ import annotations is missing"
 
 
 def test_every_folder_with_sources_is_a_package() -> None:
@@ -171,9 +167,7 @@ def test_constraints_pin_every_dependency_but_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
-    declared = [
-        re.split(r"[^\w-]", d)[0] for d in project["dependencies"] + project["optional-dependencies"]["dev"]
-    ]
+    declared = [re.split(r"[^\w-]", d)[0] for d in project["dependencies"] + project["optional-dependencies"]["dev"]]
     pinned = {pin.replace("_", "-") for pin in pins}
     assert sorted(set(declared) - pinned) == ["torch"]
     assert not [pin for pin in pinned if pin.startswith(("torch", "nvidia", "cuda", "triton"))]

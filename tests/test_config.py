@@ -53,9 +53,7 @@ def test_whatever_may_be_none_is_none_by_default(settings: type[Settings]) -> No
 
 
 @given(write_strength=st.floats(0.001, 4), dead_zone=st.floats(0, 0.999), saturation=st.floats(0.001, 1))
-def test_the_memory_is_stable_and_trainable(
-    write_strength: float, dead_zone: float, saturation: float
-) -> None:
+def test_the_memory_is_stable_and_trainable(write_strength: float, dead_zone: float, saturation: float) -> None:
     values = {"write_strength": write_strength, "dead_zone": dead_zone, "saturation": saturation}
     if write_strength < 2 and dead_zone < saturation:
         assert FastWeightsConfig(**values).model_dump(include=set(values)) == values

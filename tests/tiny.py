@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which would say that it found no GPU
 
-# ruff: noqa: E402
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -48,9 +47,7 @@ if TYPE_CHECKING:
 
 logging.disable_progress_bar()
 
-NOUNS = [
-    f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")
-]
+NOUNS = [f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "lu", "mi"), ("na", "re", "so", "ti"), "nrst")]
 """64 made-up words."""
 SEGMENT, WINDOW, CHUNK, RANK, PAIRS = 32, 64, 8, 16, 2
 MEMORY = FastWeightsConfig(rank=RANK, chunk_size=CHUNK, dead_zone=0.35, saturation=0.95)

@@ -61,7 +61,7 @@ def recall(
         questions = [(e.tokens[e.facts_tokens + gaps[-1] :], e.answer[e.facts_tokens + gaps[-1] :]) for e in longest]
         with_memory = _ask(model, session.fork(), questions)
         texts = [
-            np.concatenate([e.tokens[:stop], tokens])
+            np.concatenate([e.tokens[max(0, stop - model.segment_tokens) : stop], tokens])
             for e, stop, (tokens, _) in zip(longest, stops, questions, strict=True)
         ]
         bare = _bare(model, texts, questions)

@@ -45,7 +45,7 @@ class Suite:
 
     def run(self, model: Cortex) -> dict[str, Any]:
         """The evaluation document, without the run's own fields. Equal on every worker."""
-        rows = [row for task in self._tasks() for row in self._recall(model, task)]
+        rows = [row for number, task in enumerate(self._tasks()) for row in self._recall(model, task, number)]
         document: dict[str, Any] = {
             "rows": rows,
             "usage": gate_usage(model, self._task("key_value", "text"), range(self.config.batch_size)),
@@ -69,14 +69,15 @@ class Suite:
             for filler in self.config.fillers:
                 yield self._task(name, filler)
 
-    def _recall(self, model: Cortex, task: TextTask) -> Iterator[dict[str, Any]]:
+    def _recall(self, model: Cortex, task: TextTask, number: int) -> Iterator[dict[str, Any]]:
+        gaps, conditions = sorted(set(self.config.gaps_tokens)), len(self.config.tasks) * len(self.config.fillers)
         found: list[Hits] = []
         for batch in self._batches():
-            for hits in recall(model, task, self.config.gaps_tokens, batch):
+            for hits in recall(model, task, gaps, batch):
                 found.append(hits)
-                self.on_progress(len(found) / (len(self.config.gaps_tokens) * len(self._batches())))
+                self.on_progress((number + len(found) / (len(gaps) * len(self._batches()))) / conditions)
         everyone = [hits for part in self.gather(found) for hits in part]
-        for gap in sorted(set(self.config.gaps_tokens)):
+        for gap in gaps:
             for memory in ("on", "off"):
                 right: dict[int, bool] = {}
                 for hits in everyone:

@@ -27,7 +27,7 @@ def gate_usage(model: Cortex, task: TextTask, indices: Sequence[int]) -> list[di
     ids, _ = padded([example.tokens[:total] for example in examples], model.backbone.device)
     is_fact = torch.from_numpy(np.arange(total) < np.array(facts)[:, None]).to(ids.device)
     segments = ids.view(len(ids), -1, width)
-    _, memory = read_segments(model, segments, Layout.plain(segments, 0), model.empty_states(len(ids)), predict=True)
+    _, memory = read_segments(model, segments, Layout.plain(segments, 0), model.empty_states(len(ids)), predict=False)
     rows = []
     for layer, reading in memory.readings.items():
         write = reading.write.mean(dim=1)

@@ -19,7 +19,8 @@ class TappedGate(nn.Module):
     def __init__(self, hidden: int, heads: int, taps: int, bias: float) -> None:
         super().__init__()
         self.taps = taps
-        self.weight = nn.Parameter(torch.randn(taps, heads, hidden) * 0.02)
+        # Zero: every token starts just as open as the bias says, so that none begins in the dead zone, without a gradient.
+        self.weight = nn.Parameter(torch.zeros(taps, heads, hidden))
         self.bias = nn.Parameter(torch.full((heads,), bias))
 
     def forward(

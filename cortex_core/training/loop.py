@@ -70,7 +70,9 @@ class Learner:
             unsynced = contextlib.nullcontext if last else getattr(self.objective, "no_sync", contextlib.nullcontext)
             with unsynced():
                 with self._autocast():
-                    loss, metrics = self.objective(batch.to(self.model.backbone.device))
+                    loss, metrics = self.objective(
+                        batch.to(self.model.backbone.device), sparsity_factor(self.step_number, self.training)
+                    )
                 (loss / parts).backward()
             self.after_backward()
             for name, value in metrics.items():
@@ -149,6 +151,17 @@ def parameter_groups(parameters: Mapping[str, Tensor], settings: OptimizerConfig
         part = name.split(".")[1]  # "<layer>.<part>..."
         groups.setdefault(rates.get(part, settings.learning_rate), []).append(parameter)
     return [{"params": members, "lr": rate, "peak_lr": rate} for rate, members in groups.items()]
+
+
+def sparsity_factor(step: int, training: TrainingConfig) -> float:
+    """0 while the first, short sequences are learned, then rising to 1 until the long ones begin.
+
+    A gate that is pushed shut before it has found what to write never opens again: in its dead zone it has no gradient.
+    """
+    begin, end = training.short_frac / 2, training.short_frac
+    if end == 0.0:
+        return 1.0
+    return min(1.0, max(0.0, (step / training.steps - begin) / (end - begin)))
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimizerConfig) -> float:

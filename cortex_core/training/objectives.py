@@ -45,12 +45,12 @@ class ReadingLoss(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Loss (mean over this micro-batch, nats) and detached metrics."""
+    def forward(self, batch: Batch, sparsity: float = 1.0) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Loss (mean over this micro-batch, nats) and detached metrics. `sparsity` scales its weight (`Learner`)."""
         logits, target, passes = self._read_and_predict(batch)
         answer_loss = functional.cross_entropy(logits.float(), target)
         penalty = _sparsity(passes, self.model, self.config.sparsity_margin)
-        loss = answer_loss + self.config.sparsity_weight * penalty
+        loss = answer_loss + sparsity * self.config.sparsity_weight * penalty
         metrics = {
             "loss/answer_nats": answer_loss.detach(),
             "accuracy": (logits.argmax(-1) == target).float().mean(),

@@ -56,7 +56,13 @@ class Pretraining:
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train to the last step; metrics of every `report_every_steps` steps, and of the last."""
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(True)  # of the whole process: moments near 0 would slow every step down
+        try:
+            yield from self._steps()
+        finally:
+            torch.set_flush_denormal(False)
+
+    def _steps(self) -> Iterator[dict[str, float]]:
         source = RowSource(self.config, self.vocabulary, self.corpus)
         every, since = self.config.report_every_steps, time.monotonic()
         while self.step < self.config.steps:

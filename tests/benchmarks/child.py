@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHOWN_LINES = 15
 
 
-def run(name: str, *, ranks: int = 1, timeout_s: float = 3600.0, **arguments: Any) -> list[Any]:
+def run(
+    name: str,
+    *,
+    ranks: int = 1,
+    timeout_s: float = 3600.0,
+    variables: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> list[Any]:
     """Call `name` ("module:function") in `ranks` processes at once; returns what each returned, in order of rank.
 
-    Arguments and results travel as JSON. With several ranks the variables are set from which torch.distributed makes a
+    Arguments and results travel as JSON; `variables` are added to the environment. With several ranks the variables are set from which torch.distributed makes a
     process group. Raises RuntimeError, with the end of what was printed, if a process fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -36,7 +44,13 @@ def run(name: str, *, ranks: int = 1, timeout_s: float = 3600.0, **arguments: An
                 command = [sys.executable, "-m", __name__, name, json.dumps(arguments), str(out)]
                 with log.open("wb") as said:
                     processes.append(
-                        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+                        subprocess.Popen(
+                            command,
+                            cwd=ROOT,
+                            env=environment | dict(variables or {}),
+                            stdout=said,
+                            stderr=subprocess.STDOUT,
+                        )
                     )
             codes = _wait(processes, timeout_s)
         finally:

@@ -65,9 +65,7 @@ def test_wilson_covers_the_truth_as_often_as_it_says(n: int) -> None:
             if found.low <= truth <= found.high
         )
 
-    assert np.mean([coverage(truth) for truth in np.linspace(0.02, 0.98, 97)]) == pytest.approx(
-        0.95, abs=0.012
-    )
+    assert np.mean([coverage(truth) for truth in np.linspace(0.02, 0.98, 97)]) == pytest.approx(0.95, abs=0.012)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
@@ -131,9 +129,7 @@ def test_a_mean_of_nothing_or_of_nan_is_refused(values: list[float]) -> None:
         ((1, 1, 7, 12), -0.507, -0.026),  # Fagerland et al. (2014), Statistics in Medicine 33, 2850-2875
     ],
 )
-def test_the_paired_difference_agrees_with_published_values(
-    table: tuple[int, ...], low: float, high: float
-) -> None:
+def test_the_paired_difference_agrees_with_published_values(table: tuple[int, ...], low: float, high: float) -> None:
     first, second = outcomes(*table)
     found = paired_difference(first, second)
     assert found == pytest.approx((low, high, (table[1] - table[2]) / sum(table)), abs=5e-4)

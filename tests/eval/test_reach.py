@@ -52,7 +52,7 @@ def test_every_question_is_answered_as_if_asked_alone(case: str) -> None:
             assert on == asked_directly(model, task, index, hits.gap_tokens, memory=True), where
             assert off == asked_directly(model, task, index, hits.gap_tokens, memory=False), where
     outcomes = [(on, off) for hits in found for on, off in zip(hits.with_memory, hits.bare, strict=True)]
-    assert len(set(outcomes)) > 2, "all outcomes alike: this test could not fail"
+    assert len(set(outcomes)) > 1, "all outcomes alike: this test could not fail"
 
 
 def test_the_hand_made_task_is_ragged() -> None:

@@ -61,16 +61,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ],
     ids=lambda value: " ".join(value)[:60],
 )  # fmt: skip
-def test_wrong_input_gets_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
-) -> None:
+def test_wrong_input_gets_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
     line = refused(capsys, *arguments)
     assert [part for part in parts if part not in line] == [], line
 
 
-def test_a_run_that_has_not_finished_is_not_evaluated(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_run_that_has_not_finished_is_not_evaluated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.toml").write_text("name = 'half'", encoding="utf-8")
     line = refused(capsys, "evaluate", "half")
@@ -107,18 +103,13 @@ def test_a_defect_is_not_disguised_as_wrong_input(monkeypatch: pytest.MonkeyPatc
         cli.main(["train", "demo"])
 
 
-def test_an_interruption_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: list[str]) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_dispatch", interrupted)
     assert cli.main(["train", "demo", "data.path=my notes"]) == 130
-    assert (
-        capsys.readouterr().err
-        == "\ncortex: interrupted; to resume: cortex train demo 'data.path=my notes'\n"
-    )
+    assert capsys.readouterr().err == "\ncortex: interrupted; to resume: cortex train demo 'data.path=my notes'\n"
 
 
 @pytest.mark.parametrize("command", [None, "train", "evaluate", "config", "ui"])
@@ -134,9 +125,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str | None) -
         assert [
             word for word in ("train", "evaluate", "pretrain", "config", "ui") if f"\n    {word} " not in text
         ] == []
-        assert [
-            word for word in ("Output:", "runs/demo", "mlflow.db", "Exit codes") if word not in text
-        ] == []
+        assert [word for word in ("Output:", "runs/demo", "mlflow.db", "Exit codes") if word not in text] == []
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,9 +136,7 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
-    declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"][
-        "version"
-    ]
+    declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
     assert capsys.readouterr().out == f"cortex {declared}\n"
 
 
@@ -209,9 +196,7 @@ def test_ctrl_c_is_answered_with_130(tmp_path: Path) -> None:
         "config.find_recipe = lambda recipe: print('reading', flush=True) or Path(recipe)\n"
         "sys.exit(cli.main(['train', 'slow.toml']))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)

@@ -53,9 +53,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 def test_text_and_values_are_the_same_override() -> None:
-    typed = load_config(
-        None, ["training.steps=7", "evaluation.gaps_tokens=0,512", "optimizer.learning_rate=1e-4"]
-    )
+    typed = load_config(None, ["training.steps=7", "evaluation.gaps_tokens=0,512", "optimizer.learning_rate=1e-4"])
     given_values = {
         "training.steps": np.int64(7),
         "evaluation": {"gaps_tokens": [0, 512]},
@@ -184,9 +182,7 @@ def test_settings_that_contradict_each_other(overrides: list[str], parts: list[s
 
 
 def test_one_process_divides_everything() -> None:
-    config = load_config(
-        None, ["cluster.num_workers=0", "training.batch_size=7", "training.in_window_batch_size=3"]
-    )
+    config = load_config(None, ["cluster.num_workers=0", "training.batch_size=7", "training.in_window_batch_size=3"])
     assert config.training.batch_size == 7
     assert load_config(None, ["training.in_window_batch_size=0"]).training.in_window_batch_size == 0
 
@@ -216,9 +212,7 @@ def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"
-    ):
+    with pytest.raises(DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"):
         load_config("dmeo")
     with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
         load_config(tmp_path)

@@ -93,9 +93,7 @@ def test_long_values_are_shortened() -> None:
     assert line.startswith('wheel.spokes = "xxxx') and len(line) < 150
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(None, "null"), (True, "true"), ((1, 2), "[1, 2]"), ("ä", '"ä"')]
-)
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), ((1, 2), "[1, 2]"), ("ä", '"ä"')])
 def test_values_are_shown_as_they_are_typed(value: object, text: str) -> None:
     assert show(value) == text
 

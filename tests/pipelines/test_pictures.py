@@ -51,9 +51,7 @@ def texts(figure: Figure) -> list[str]:
 
 def undrawn_ticks(figure: Figure) -> set[Any]:
     """Labels of ticks beyond the limits of their axis: they exist, but are not drawn."""
-    sides = [
-        (axis, sorted(axis.get_view_interval())) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
-    ]
+    sides = [(axis, sorted(axis.get_view_interval())) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     return {
         tick.label1
         for axis, (low, high) in sides
@@ -87,9 +85,7 @@ def test_reach_curves_shade_the_intervals() -> None:
     shaded = [np.asarray(area.get_paths()[0].vertices) for area in axes.collections]
     for memory in ("on", "off"):
         part = [row for row in rows(fillers=("text",)) if row["memory"] == memory]
-        corners = {
-            (math.log2(row["gap_tokens"] or 128), row[edge]) for row in part for edge in ("low", "high")
-        }
+        corners = {(math.log2(row["gap_tokens"] or 128), row[edge]) for row in part for edge in ("low", "high")}
         assert any(corners <= {tuple(point) for point in area} for area in shaded)
 
 
@@ -131,9 +127,7 @@ def test_one_panel_per_task_with_only_its_own_rows_and_chance() -> None:
         reach_curves(rows(gaps=(0, *(2**i for i in range(8, 21)))), window_tokens=256),
         reach_curves(rows(("key_value", "n_back", "corpus")), window_tokens=256, chance={"n_back": 0.25}),
         gate_usage(USAGE),
-        training_curves(
-            [{"step": i, "loss": 1 / i, "accuracy": 0.5, "tokens_per_s": 2e4} for i in range(1, 9)]
-        ),
+        training_curves([{"step": i, "loss": 1 / i, "accuracy": 0.5, "tokens_per_s": 2e4} for i in range(1, 9)]),
     ],
     ids=["one task", "many gaps", "three tasks", "usage", "training"],
 )
@@ -169,9 +163,7 @@ def test_a_window_between_the_slot_and_the_first_gap_keeps_the_order() -> None:
 
 
 def test_training_curves_show_what_the_history_holds() -> None:
-    history = [
-        {"step": 10 * i, "loss": 3.0 / i, "accuracy": math.nan if i == 2 else i / 50} for i in range(1, 41)
-    ]
+    history = [{"step": 10 * i, "loss": 3.0 / i, "accuracy": math.nan if i == 2 else i / 50} for i in range(1, 41)]
     loss, accuracy = training_curves([*history, {"note": "no step"}]).axes
     assert curve(loss, "loss") == ([row["step"] for row in history], [row["loss"] for row in history])
     assert len(curve(accuracy, "accuracy")[0]) == 39
@@ -188,9 +180,7 @@ def test_gate_usage_shows_each_layer_with_its_numbers() -> None:
     assert [(line.get_label(), *line.get_xdata(), *line.get_ydata()) for line in points] == [
         ("facts", 0.82, 0), ("filler", 0.0007, 0), ("facts", 0.5, 1),
     ]  # fmt: skip
-    assert {"layer 1", "0.8200", "0.0007", "2.10 %", "0.5000", r"layer 4, key_value, te\$t"} <= set(
-        texts(figure)
-    )
+    assert {"layer 1", "0.8200", "0.0007", "2.10 %", "0.5000", r"layer 4, key_value, te\$t"} <= set(texts(figure))
 
 
 def test_the_png_is_1600_pixels_wide_white_and_in_colour() -> None:
@@ -211,7 +201,5 @@ def test_drawing_needs_neither_pyplot_nor_a_display() -> None:
         "import sys; from pipelines.pictures import gate_usage, image_bytes; image_bytes(gate_usage([{'layer': 0}]));"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": ""}
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": ""})
     assert done.stdout == "False\n"

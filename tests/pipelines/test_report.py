@@ -171,10 +171,7 @@ def test_everything_but_the_rows_may_be_absent(tmp_path: Path) -> None:
     assert set(write_report(bare(), tmp_path)) == FILES
     nothing = dict.fromkeys(set(evaluation()) - {"schema", "rows"})
     assert set(write_report(bare() | nothing, tmp_path)) == FILES
-    assert (
-        set(write_report(bare() | {"drift": {}, "usage": [], "throughput": {}, "chance": {}}, tmp_path))
-        == FILES
-    )
+    assert set(write_report(bare() | {"drift": {}, "usage": [], "throughput": {}, "chance": {}}, tmp_path)) == FILES
     assert [name for name, *_ in findings(bare())] == ["key_value, gap 16k"]
     only_off = bare() | {"rows": [row for row in bare()["rows"] if row["memory"] == "off"]}
     assert findings(only_off) == []
@@ -247,9 +244,7 @@ def broken(**row: Any) -> dict[str, Any]:
         (evaluation(chance={"key_value": 4}), "chance.key_value"),
     ],
 )  # fmt: skip
-def test_a_wrong_document_is_refused_in_one_line_that_names_the_place(
-    tmp_path: Path, document: Any, says: str
-) -> None:
+def test_a_wrong_document_is_refused_in_one_line_that_names_the_place(tmp_path: Path, document: Any, says: str) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(document))
     with pytest.raises(DataError, match=says) as caught:
@@ -258,9 +253,7 @@ def test_a_wrong_document_is_refused_in_one_line_that_names_the_place(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"schema": 1, "rows": [1e']
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"schema": 1, "rows": [1e'])
 def test_what_is_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "evaluation.json").write_bytes(content)
     with pytest.raises(DataError, match="not valid JSON, truncated"):

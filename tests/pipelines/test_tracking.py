@@ -224,6 +224,11 @@ def test_the_way_to_the_page(config: RunConfig, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path.parent)
     with tracking.start(config) as run:
         assert run.ui_command() == f"cortex ui {tmp_path.name}"
+        monkeypatch.chdir("/")
+        assert run.ui_command() == f"cortex ui {str(tmp_path).removeprefix('/')}"
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert run.ui_command() == f"cortex ui {tmp_path}"
         assert run.url == f"http://127.0.0.1:5000/#/experiments/1/runs/{run.run_id}"
 
 

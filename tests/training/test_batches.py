@@ -133,7 +133,7 @@ def test_every_task_and_filler_takes_part() -> None:
     tasks = TasksConfig(names=("key_value", "n_back"), num_pairs=2, num_queries=2, any_token_frac=0.0)
     of = tiny.batches(tiny.training(batch_size=8, steps=6), tasks)
     markers = {name: tiny.vocabulary().pieces[name][0] for name in (" remember", " items")}
-    found = {name: 0 for name in markers}
+    found = dict.fromkeys(markers, 0)
     for step, (name, token) in itertools.product(range(2, 6), markers.items()):
         found[name] += int((whole(of, step).input_ids == token).any(dim=(1, 2)).sum())
     assert min(found.values()) > 8

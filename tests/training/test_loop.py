@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import OptimizerConfig
-from cortex_core.training.loop import Learner, learning_rate_factor, parameter_groups
+from cortex_core.training.loop import Learner, learning_rate_factor, parameter_groups, sparsity_factor
 from cortex_core.training.objectives import Batch, ReadingLoss
 from tests import tiny
 
@@ -115,8 +115,8 @@ class Watched(nn.Module):
         yield
         self._synced = "synced"
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = self.inner(batch)
+    def forward(self, batch: Batch, sparsity: float) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.inner(batch, sparsity)
         loss = loss * self.spoil.get(len([call for call in self.calls if call != "released"]), 1.0)
         self.calls.append(self._synced)
         return loss, metrics
@@ -153,7 +153,9 @@ def test_too_many_such_steps_end_the_run() -> None:
     of, _ = watched(dict.fromkeys(range(9), float("nan")), max_nonfinite_steps=2)
     source, before = tiny.batches(of.training), tiny.weights(of.model.sidecars)
     tiny.train(of, source, 2)
-    with pytest.raises(FloatingPointError, match=r"3 steps .*max_nonfinite_steps = 2\).*optimizer\.learning_rate") as error:
+    with pytest.raises(
+        FloatingPointError, match=r"3 steps .*max_nonfinite_steps = 2\).*optimizer\.learning_rate"
+    ) as error:
         tiny.train(of, source, 1)
     assert "\n" not in str(error.value)
     assert tiny.same(tiny.weights(of.model.sidecars), before)
@@ -265,3 +267,10 @@ def test_training_with_frozen_sidecars_teaches_nothing() -> None:
     before = answer_loss(of.model)
     tiny.train(of, tiny.batches(config), 3)
     assert answer_loss(of.model) == pytest.approx(before, abs=1e-6)
+
+
+def test_gates_are_pushed_shut_only_after_they_have_found_what_to_write() -> None:
+    training = tiny.training(steps=100, short_frac=0.4)
+    factors = [sparsity_factor(step, training) for step in (0, 20, 30, 40, 99)]
+    assert factors == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
+    assert sparsity_factor(0, tiny.training(steps=100, short_frac=0.0)) == 1.0

@@ -41,9 +41,7 @@ def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, see
 
 def plain_reading(model: Cortex, ids: Tensor) -> tuple[Tensor, MemoryPass]:
     """Logits of every token, all segments through the whole backbone in one call."""
-    logits, memory = read_segments(
-        model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True
-    )
+    logits, memory = read_segments(model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True)
     assert logits is not None
     return logits, memory
 
@@ -72,8 +70,7 @@ def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
     logits, memory = plain_reading(model, batch.input_ids)
     answer, ids = batch.answer.flatten(1), batch.input_ids.flatten(1)
     losses = [
-        functional.cross_entropy(logits[row, position - 1], ids[row, position])
-        for row, position in answer.nonzero()
+        functional.cross_entropy(logits[row, position - 1], ids[row, position]) for row, position in answer.nonzero()
     ]
     gates = torch.cat([reading.activation.flatten() for reading in memory.readings.values()])
     limit = model.fast_weights.dead_zone - config.sparsity_margin
@@ -192,9 +189,7 @@ def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant(
     logits, _ = read_segments(model, new, layout, start, predict=True)
     assert logits is not None
     answer = batch.answer[:, SEGMENTS - 3 :].flatten(1)
-    expected = functional.cross_entropy(
-        logits[:, :-1][answer[:, 1:]], new.flatten(1)[:, 1:][answer[:, 1:]]
-    )
+    expected = functional.cross_entropy(logits[:, :-1][answer[:, 1:]], new.flatten(1)[:, 1:][answer[:, 1:]])
     assert worst(gradients(expected, model), truncated) < 1e-4
     full, _ = ReadingLoss(model, tiny.training(sparsity_weight=0.0))(batch)
     assert worst(gradients(full, model), truncated) > 1e-2, "truncation makes no difference here"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the rows are listed, and a wrong name is answered, before t
     from cortex_core.tasks.layout import TextTask
     from cortex_core.tasks.vocabulary import TaskVocabulary
 
+FILLERS = ("text", "random")
 SEED = 20_001
 """Of everything that is drawn here. Not the run's own, so that its report and the scoreboard ask different questions."""
 

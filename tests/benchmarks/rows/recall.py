@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from cortex_core.eval.intervals import paired_difference, wilson
 from tests.benchmarks.row import Row
-from tests.benchmarks.rows.demo import Answers, Demo, batches
+from tests.benchmarks.rows.demo import FILLERS, Answers, Demo, batches
 
 if TYPE_CHECKING:
     from cortex_core.tasks.layout import TextTask
 
-FILLERS = ("text", "random")
 GAPS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 FAR = 65536
 NUM_EXAMPLES = 200

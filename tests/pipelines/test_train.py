@@ -1,0 +1,355 @@
+"""`cortex train` from end to end: what it leaves behind, and that it goes on after any interruption."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.sidecar_files import WEIGHTS
+from cortex_core.errors import ConfigError
+from pipelines import train
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, dump_toml, load_config
+from pipelines.runs import STATE_FILE
+from tests import tiny
+
+# mlflow, of pandas, while it logs a table.
+pytestmark = pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+def sidecars(config: RunConfig) -> dict[str, Tensor]:
+    return load_file(config.run_dir / SIDECARS_FOLDER / WEIGHTS)
+
+
+def state(config: RunConfig) -> dict[str, object]:
+    return json.loads((config.run_dir / STATE_FILE).read_text())
+
+
+def in_mlflow(config: RunConfig) -> list[MlflowRun]:
+    """All runs of this configuration's name, the oldest first."""
+    client = MlflowClient(tracking_uri=config.tracking_uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    return [run for run in found if run.info.run_name == config.name]
+
+
+def steps_of(config: RunConfig, run: MlflowRun, metric: str = "loss") -> list[int]:
+    client = MlflowClient(tracking_uri=config.tracking_uri)
+    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def logged_once(config: RunConfig, steps: int = STEPS) -> None:
+    """One MLflow run, finished, with every step once in every metric of training."""
+    (run,) = in_mlflow(config)
+    assert run.info.status == "FINISHED" and run.info.run_id == state(config)["mlflow_run_id"]
+    for metric in ("loss", "accuracy", "throughput/tokens_per_s", "gradient_norm"):
+        assert steps_of(config, run, metric) == list(range(1, steps + 1)), metric
+
+
+@contextmanager
+def interrupted_in(step: int) -> Iterator[None]:
+    """Ctrl-C in the middle of an optimizer step: when the weights have changed, and the average has not."""
+    numbers = itertools.count(1)
+
+    def after_update(*args: object) -> None:
+        if next(numbers) == step:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_post_hook(after_update)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Callable[[Path], None]) -> RunConfig:
+    """A run that nothing interrupted, in this process. Do not change its folder."""
+    out = tmp_path_factory.mktemp("finished")
+    mlflow_database(out)
+    config = tiny.run_config(out)
+    assert train.run(config) == 0
+    return config
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> RunConfig:
+    """The same run, not yet started."""
+    mlflow_database(tmp_path)
+    return tiny.run_config(tmp_path)
+
+
+def test_a_finished_run_leaves_its_results_in_its_folder(finished: RunConfig) -> None:
+    folder = finished.run_dir
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        CONFIG_FILE, STATE_FILE, SIDECARS_FOLDER, "checkpoints", "report.html", "reach.png", "usage.png", "training.png",
+        "evaluation.json", "evaluation.parquet", "evaluation.csv",
+    }  # fmt: skip
+    assert state(finished)["state"] == "FINISHED"
+    assert load_config(folder / CONFIG_FILE) == finished
+    page = (folder / "report.html").read_text()
+    assert "tiny" in page and "<script src" not in page
+    for picture in ("reach", "usage", "training"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_evaluation_is_the_same_in_every_format(finished: RunConfig) -> None:
+    document = json.loads((finished.run_dir / "evaluation.json").read_text())
+    assert document["schema"] == 1 and document["run"] == "tiny"
+    assert document["config"]["training"]["steps"] == STEPS and document["versions"]["torch"] == torch.__version__
+    rows = pd.DataFrame(document["rows"])
+    assert set(rows["gap_tokens"]) == {0, 70} and set(rows["memory"]) == {"on", "off"} and set(rows["n"]) == {6}
+    for other in (
+        pd.read_csv(finished.run_dir / "evaluation.csv"), pd.read_parquet(finished.run_dir / "evaluation.parquet"),
+    ):  # fmt: skip
+        pd.testing.assert_frame_equal(other[list(rows.columns)], rows, check_dtype=False)
+    assert np.isfinite(document["drift"]["ratio"]) and document["usage"][0]["layer"] == 1
+
+
+def test_the_memory_loads_with_its_backbone(finished: RunConfig) -> None:
+    model = Cortex.from_pretrained(finished.backbone.name, sidecars=finished.run_dir / SIDECARS_FOLDER)
+    assert model.fast_weights == finished.fast_weights and model.segment_tokens == tiny.SEGMENT
+    assert tiny.same(tiny.weights(model.sidecars), sidecars(finished))
+    assert not tiny.same(tiny.weights(model.sidecars), tiny.weights(tiny.model().sidecars)), "these are untrained"
+
+
+def test_mlflow_has_the_whole_run(finished: RunConfig) -> None:
+    logged_once(finished)
+    (run,) = in_mlflow(finished)
+    client = MlflowClient(tracking_uri=finished.tracking_uri)
+    assert run.data.params["fast_weights.rank"] == str(tiny.RANK)
+    document = json.loads((finished.run_dir / "evaluation.json").read_text())
+    for row in document["rows"]:
+        name = f"recall/key_value/text/gap_{row['gap_tokens']:07d}/memory_{row['memory']}"
+        assert run.data.metrics[name] == row["accuracy"]
+    assert run.data.metrics["drift/ratio"] == document["drift"]["ratio"]
+    assert "phase" not in run.data.metrics and "step" not in run.data.metrics
+    files = {each.path for each in client.list_artifacts(run.info.run_id)}
+    assert {"report.html", "reach.png", "evaluation.json", "evaluation_rows.json", SIDECARS_FOLDER} <= files
+    inside = {each.path for each in client.list_artifacts(run.info.run_id, SIDECARS_FOLDER)}
+    assert inside == {f"{SIDECARS_FOLDER}/{WEIGHTS}", f"{SIDECARS_FOLDER}/cortex.json"}
+
+
+def test_what_is_said_on_the_way(fresh: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.run(fresh) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"Starting tiny in {fresh.run_dir}"
+    phases = [line for line in said if line in {"loading the backbone", "training", "evaluating", "writing the report"}]
+    assert phases == ["loading the backbone", "training", "evaluating", "writing the report"]
+    assert any(line.startswith(f"training  step {STEPS}/{STEPS}  loss ") for line in said)
+    assert f"Report    {fresh.run_dir / 'report.html'}" in said
+    assert any("key_value, gap 70" in line for line in said)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupted_run_is_resumed_and_is_the_same_run(
+    finished: RunConfig, fresh: RunConfig, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    with interrupted_in(step):
+        train.run(fresh)
+    (run,) = in_mlflow(fresh)
+    assert state(fresh) == {"attempt": 0, "state": "KILLED", "mlflow_run_id": run.info.run_id}
+    assert run.info.status == "KILLED" and steps_of(fresh, run) == list(range(1, step))
+    assert not (fresh.run_dir / SIDECARS_FOLDER).exists() and not (fresh.run_dir / "report.html").exists()
+    capsys.readouterr()
+    assert train.run(fresh) == 0
+    assert capsys.readouterr().out.startswith(f"Resuming tiny in {fresh.run_dir}\n")
+    assert tiny.same(sidecars(fresh), sidecars(finished))
+    logged_once(fresh)
+    assert state(fresh)["state"] == "FINISHED" and state(fresh)["attempt"] == 0
+
+
+def test_a_run_can_be_interrupted_more_than_once(finished: RunConfig, fresh: RunConfig) -> None:
+    for step in (3, 2, 1):  # counted from where each part begins: in step 3, in step 4, in step 5
+        with interrupted_in(step):
+            train.run(fresh)
+    assert train.run(fresh) == 0
+    assert tiny.same(sidecars(fresh), sidecars(finished))
+    logged_once(fresh)
+
+
+def test_an_interrupted_run_is_not_resumed_with_other_settings(fresh: RunConfig) -> None:
+    with interrupted_in(3):
+        train.run(fresh)
+    with pytest.raises(ConfigError, match=r"training\.steps differs from the unfinished run"):
+        train.run(fresh.model_copy(update={"training": fresh.training.model_copy(update={"steps": 9})}))
+    assert len(in_mlflow(fresh)) == 1 and state(fresh)["state"] == "KILLED"
+
+
+def test_a_finished_run_is_done_again_under_the_same_name(finished: RunConfig, fresh: RunConfig) -> None:
+    assert train.run(fresh) == 0
+    again = fresh.model_copy(update={"seed": 1})
+    assert train.run(again) == 0
+    assert state(again) | {"mlflow_run_id": ""} == {"attempt": 1, "state": "FINISHED", "mlflow_run_id": ""}
+    assert [run.info.status for run in in_mlflow(again)] == ["FINISHED", "FINISHED"]
+    assert not tiny.same(sidecars(again), sidecars(finished))
+    assert load_config(again.run_dir / CONFIG_FILE).seed == 1
+
+
+def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
+    """Rates that no weight survives: every loss after the first step is not a number."""
+    huge = dict.fromkeys(("learning_rate", "gate_learning_rate", "output_learning_rate"), 1e37)
+    rates = fresh.optimizer.model_copy(update={**huge, "warmup_steps": 0})
+    limit = fresh.training.model_copy(update={"max_nonfinite_steps": 0})
+    with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
+        train.run(fresh.model_copy(update={"optimizer": rates, "training": limit}))
+    (run,) = in_mlflow(fresh)
+    assert run.info.status == "FAILED" and state(fresh)["state"] != "FINISHED"
+    assert not (fresh.run_dir / SIDECARS_FOLDER).exists()
+
+
+# --- with Ray ---------------------------------------------------------------------------------------------------------
+
+LONG = 12
+TWO = {
+    "cluster__num_workers": 2, "cluster__cpus_per_worker": 0.5, "sharding__stage": 3, "training__steps": LONG,
+    # KL is a mean over positions, and shares of a batch differ in how many of them are answers: without its gradient.
+    "training__kl_weight": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Callable[[Path], None]) -> dict[str, Tensor]:
+    """What one process without Ray and without shards learns from the configuration of two workers."""
+    out = tmp_path_factory.mktemp("reference")
+    mlflow_database(out)
+    config = tiny.run_config(out, **TWO | {"cluster__num_workers": 0, "sharding__stage": 0})
+    assert train.run(config) == 0
+    return sidecars(config)
+
+
+@pytest.fixture
+def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig) -> RunConfig:
+    """Two workers that share the backbone, on the cluster of the session."""
+    mlflow_database(tmp_path)
+    return tiny.run_config(tmp_path, **TWO)
+
+
+def has_checkpoint(config: RunConfig) -> bool:
+    return (config.run_dir / "checkpoints" / "attempt-000" / "checkpoint_manager_snapshot.json").is_file()
+
+
+@contextmanager
+def once(ready: Callable[[], bool], then: Callable[[], None], within_s: float = 120.0) -> Iterator[None]:
+    """Meanwhile, in another thread: `then`, as soon as `ready`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + within_s
+        while not over.wait(0.05) and time.monotonic() < deadline:
+            if ready():
+                then()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def train_workers() -> list[psutil.Process]:
+    """Processes of Ray Train's workers below this one."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_process_learns(two: RunConfig, reference: dict[str, Tensor]) -> None:
+    assert train.run(two) == 0
+    assert tiny.furthest(sidecars(two), reference) < 1e-4
+    logged_once(two, LONG)
+    document = json.loads((two.run_dir / "evaluation.json").read_text())
+    assert document["backbone_parameters"] == sum(p.numel() for p in tiny.model().backbone.parameters())
+    assert {row["n"] for row in document["rows"]} == {6}
+    model = Cortex.from_pretrained(two.backbone.name, sidecars=two.run_dir / SIDECARS_FOLDER)
+    assert tiny.same(tiny.weights(model.sidecars), sidecars(two))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_workers(two: RunConfig, reference: dict[str, Tensor]) -> None:
+    ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    with once(lambda: has_checkpoint(two), ctrl_c), pytest.raises(KeyboardInterrupt):
+        train.run(two)
+    (run,) = in_mlflow(two)
+    before = steps_of(two, run)
+    assert run.info.status == "KILLED" and 0 < len(before) < LONG
+    one = two.model_copy(update={"cluster": two.cluster.model_copy(update={"num_workers": 1})})
+    assert train.run(one) == 0
+    assert tiny.furthest(sidecars(one), reference) < 1e-4
+    logged_once(one, LONG)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(
+    two: RunConfig, reference: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
+        assert train.run(two) == 0
+    assert killed and "starting the workers again" in capsys.readouterr().out
+    assert tiny.furthest(sidecars(two), reference) < 1e-4
+    logged_once(two, LONG)
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_the_command_line(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], two: RunConfig, reference: dict[str, Tensor]
+) -> None:
+    config = two.model_copy(update={"name": "typed"})
+    (tmp_path / "mine.toml").write_text(dump_toml(config))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.train", str(tmp_path / "mine.toml")], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while not has_checkpoint(config):
+            assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
+            time.sleep(0.05)
+        children = psutil.Process(driver.pid).children(recursive=True)
+        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+        said, _ = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, said
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("cortex: interrupted; to resume: cortex train ")
+    assert len(children) > 3 and psutil.wait_procs(children, timeout=15)[1] == []
+    (run,) = in_mlflow(config)
+    assert run.info.status == "KILLED" and state(config)["state"] == "KILLED"
+    assert train.run(config) == 0
+    assert tiny.furthest(sidecars(config), reference) < 1e-4
+    logged_once(config, LONG)
