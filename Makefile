@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=python3.12 (3.11 or newer), ARGS="training.steps=100" (demo; also options of test and bench)'
+	@echo 'Variables: PYTHON=python3.12 (3.11 or newer), ARGS="training.steps=100" (demo; also options of test, bench and scoreboard)'
 
 setup: $(STAMP) ## Install into .venv; the other targets do it by themselves
 
@@ -47,10 +47,10 @@ fmt: $(STAMP) ## Format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) ## Time the mechanisms
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-only $(ARGS)
 
 scoreboard: $(STAMP) ## Measure every figure that the project claims, or some: ROW=name,name
-	$(BIN)/python -m tests.benchmarks.scoreboard $(ROW)
+	$(BIN)/python -m tests.benchmarks.scoreboard $(ROW) $(ARGS)
 
 ui: $(STAMP) ## MLflow's web page on the runs
 	$(BIN)/cortex ui $(RUNS)

@@ -36,7 +36,7 @@ def launch(
         train_loop_config=settings,
         scaling_config=cluster.scaling(config.cluster),
         run_config=ray.train.RunConfig(
-            name=run.storage_name if job == "train" else f"{run.storage_name}-evaluation",
+            name=_storage_name(job, config, run),
             storage_path=config.cluster.storage_path or str(run.checkpoints),
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
@@ -50,6 +50,13 @@ def launch(
     local = Path(tempfile.mkdtemp(prefix="cortex-result-"))
     result.checkpoint.to_directory(local)
     return local
+
+
+def _storage_name(job: Job, config: RunConfig, run: Run) -> str:
+    """Where Ray Train looks for this run's checkpoints: the same name resumes, so no other run may have it."""
+    name = run.storage_name if job == "train" else f"{run.storage_name}-evaluation"
+    shared = config.cluster.storage_path is not None  # by runs of all names, also those whose folders are gone
+    return f"{config.name}-{run.mlflow_run_id or 'untracked'}-{name}" if shared else name
 
 
 def on_worker(settings: dict[str, Any]) -> None:

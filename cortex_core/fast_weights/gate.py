@@ -19,7 +19,7 @@ class TappedGate(nn.Module):
     def __init__(self, hidden: int, heads: int, taps: int, bias: float) -> None:
         super().__init__()
         self.taps = taps
-        # Zero: every token starts just as open as the bias says, so that none begins in the dead zone, without a gradient.
+        # Zero: every token starts as open as the bias says. In the dead zone it would have no gradient to leave it.
         self.weight = nn.Parameter(torch.zeros(taps, heads, hidden))
         self.bias = nn.Parameter(torch.full((heads,), bias))
 

@@ -217,7 +217,7 @@ def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
     huge = dict.fromkeys(("learning_rate", "gate_learning_rate", "output_learning_rate"), 1e37)
     rates = fresh.optimizer.model_copy(update={**huge, "warmup_steps": 0})
     limit = fresh.training.model_copy(update={"max_nonfinite_steps": 0})
-    with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
         train.run(fresh.model_copy(update={"optimizer": rates, "training": limit}))
     (run,) = in_mlflow(fresh)
     assert run.info.status == "FAILED" and state(fresh)["state"] != "FINISHED"
@@ -244,15 +244,25 @@ def reference(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Callabl
     return sidecars(config)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage that several runs are given; none may take another's checkpoints for its own."""
+    return tmp_path_factory.mktemp("shared")
+
+
 @pytest.fixture
-def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig) -> RunConfig:
+def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig, shared: Path) -> RunConfig:
     """Two workers that share the backbone, on the cluster of the session."""
     mlflow_database(tmp_path)
-    return tiny.run_config(tmp_path, **TWO)
+    return tiny.run_config(tmp_path, **TWO, cluster__storage_path=str(shared))
 
 
 def has_checkpoint(config: RunConfig) -> bool:
-    return (config.run_dir / "checkpoints" / "attempt-000" / "checkpoint_manager_snapshot.json").is_file()
+    """Whether one is on record, from which the run as it now is would go on."""
+    storage = Path(config.cluster.storage_path or config.run_dir / "checkpoints")
+    mine = state(config)["mlflow_run_id"] if (config.run_dir / STATE_FILE).is_file() else None
+    snapshots = storage.glob("*attempt-000/checkpoint_manager_snapshot.json")
+    return any(config.cluster.storage_path is None or f"-{mine}-" in path.parent.name for path in snapshots)
 
 
 @contextmanager
@@ -327,9 +337,11 @@ def test_a_worker_that_is_killed_is_replaced(
 
 @pytest.mark.slow
 def test_ctrl_c_on_the_command_line(
-    tmp_path: Path, mlflow_database: Callable[[Path], None], two: RunConfig, reference: dict[str, Tensor]
+    tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig, reference: dict[str, Tensor]
 ) -> None:
-    config = two.model_copy(update={"name": "typed"})
+    """And the second start, here, needs neither as many workers nor shards."""
+    mlflow_database(tmp_path)
+    config = tiny.run_config(tmp_path, **TWO, name="typed")
     (tmp_path / "mine.toml").write_text(dump_toml(config))
     driver = subprocess.Popen(
         [sys.executable, "-m", "pipelines.train", str(tmp_path / "mine.toml")], cwd=ROOT,
@@ -350,6 +362,7 @@ def test_ctrl_c_on_the_command_line(
     assert len(children) > 3 and psutil.wait_procs(children, timeout=15)[1] == []
     (run,) = in_mlflow(config)
     assert run.info.status == "KILLED" and state(config)["state"] == "KILLED"
-    assert train.run(config) == 0
-    assert tiny.furthest(sidecars(config), reference) < 1e-4
-    logged_once(config, LONG)
+    again = tiny.run_config(tmp_path, **TWO | {"cluster__num_workers": 1, "sharding__stage": 0}, name="typed")
+    assert train.run(again) == 0
+    assert tiny.furthest(sidecars(again), reference) < 1e-4
+    logged_once(again, LONG)

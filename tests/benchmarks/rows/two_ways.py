@@ -25,6 +25,7 @@ COMMON = {
     "evaluation.num_examples": 2,  # only training is timed
     "evaluation.gaps_tokens": (0,),
     "evaluation.perplexity_tokens": 0,
+    "data.max_bytes": 4_000_000,
     "cluster.address": None,
     "cluster.cpus_per_worker": 1.0,
     "cluster.use_gpu": False,

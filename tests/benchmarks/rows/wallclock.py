@@ -21,6 +21,9 @@ GOAL_SECONDS: dict[str, float | None] = {"setup": 240, "demo": 480, "test": None
 MEMORY_ROW, MEMORY_GOAL_GB = "demo_peak_memory_gb", 6.0
 ROWS = (*(f"{target}_seconds" for target in TARGETS), MEMORY_ROW)
 SAMPLE_S, SHOWN_LINES = 0.5, 15
+OF_THE_CALLER = frozenset({"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "VIRTUAL_ENV", "PYTHONPATH", "ARGS", "ROW", "RUNS", "RECIPE"})  # fmt: skip
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OF_THE_CALLER}
+"""What a user's shell would have: as this process was started, but for what a make that started it has set."""
 
 
 def wall_clock(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
@@ -48,10 +51,8 @@ def _timed(command: list[str], clone: Path) -> tuple[float, float]:
     """Seconds and peak memory (10^9 bytes) of a command. Raises RuntimeError, with the end of its output, if it fails."""
     log = clone.with_name(f"{command[-1].strip('./').replace('/', '-')}.log")
     start = time.perf_counter()
-    # No launcher's or caller's virtual environment: the clone makes its own, as a user's would.
-    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "VENV")}  # fmt: skip
     with log.open("wb") as said:
-        process = subprocess.Popen(command, cwd=clone, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT)
         with PeakMemory(process.pid) as memory:
             code = process.wait()
     seconds = time.perf_counter() - start
