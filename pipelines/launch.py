@@ -47,9 +47,9 @@ def launch(
     )
     result = run_to_end(trainer)
     assert result.checkpoint is not None
-    local = Path(tempfile.mkdtemp(prefix="cortex-result-"))
-    result.checkpoint.to_directory(local)
-    return local
+    local = run.checkpoints / "result"
+    shutil.rmtree(local, ignore_errors=True)
+    return Path(result.checkpoint.to_directory(local))
 
 
 def _storage_name(job: Job, config: RunConfig, run: Run) -> str:
@@ -68,13 +68,13 @@ def on_worker(settings: dict[str, Any]) -> None:
         checkpoint = None if folder is None else Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 
-    def resume_from() -> Path | None:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        return Path(checkpoint.to_directory(tempfile.mkdtemp(prefix="cortex-resume-")))
+    with tempfile.TemporaryDirectory(prefix="cortex-resume-") as scratch:
 
-    _do(settings, worker.Edge(context.get_world_rank(), context.get_world_size(), report, resume_from))
+        def resume_from() -> Path | None:
+            checkpoint = ray.train.get_checkpoint()
+            return None if checkpoint is None else Path(checkpoint.to_directory(scratch))
+
+        _do(settings, worker.Edge(context.get_world_rank(), context.get_world_size(), report, resume_from))
 
 
 def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[UserCallback]) -> Path:

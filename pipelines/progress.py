@@ -31,18 +31,18 @@ class Mailbox:
     """Reports on their way from Ray Train's controller to the driver. The newest win if nobody takes them."""
 
     def __init__(self, size: int = 1000) -> None:
-        self._items: deque[dict[str, Any]] = deque(maxlen=size)
+        self._items: deque[tuple[int, dict[str, Any]]] = deque(maxlen=size)
+        self._posted = 0
 
     def post(self, item: dict[str, Any]) -> None:
         """Leave a report."""
-        self._items.append(item)
+        self._posted += 1
+        self._items.append((self._posted, item))
 
-    def take(self) -> list[dict[str, Any]]:
-        """All reports since the last call, oldest first."""
-        items = []
-        while self._items:
-            items.append(self._items.popleft())
-        return items
+    def after(self, seen: int) -> list[tuple[int, dict[str, Any]]]:
+        """All reports numbered above `seen`, oldest first, with their numbers, which start at 1. Asking again after an
+        answer that came too late loses nothing."""
+        return [(number, item) for number, item in self._items if number > seen]
 
 
 class ProgressCallback(UserCallback):
@@ -78,6 +78,7 @@ class Progress:
         self._first: tuple[int, float] | None = None  # first step of this run's own, and when
         self._phase_began = self._said = self._news = time.monotonic()
         self._mailbox: Any = None
+        self._seen = 0
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -103,7 +104,7 @@ class Progress:
 
     def callback(self) -> ProgressCallback:
         """For Ray Train's `RunConfig(callbacks=[...])`, once Ray runs; without, call its `after_report`."""
-        self._mailbox = on_head(Mailbox) if ray.is_initialized() else Mailbox()
+        self._mailbox, self._seen = on_head(Mailbox) if ray.is_initialized() else Mailbox(), 0
         return ProgressCallback(self._mailbox)
 
     def phase(self, name: str) -> None:
@@ -132,7 +133,8 @@ class Progress:
         if self._mailbox is None:
             return
         try:
-            for report in ask(self._mailbox.take, timeout_s=2.0):
+            for number, report in ask(self._mailbox.after, self._seen, timeout_s=2.0):
+                self._seen = number
                 self._take_in(report)
         except Exception:  # Ray is being shut down, or too busy: there is nothing to show, that is all
             return

@@ -32,8 +32,9 @@ def run(
 ) -> list[Any]:
     """Call `name` ("module:function") in `ranks` processes at once; returns what each returned, in order of rank.
 
-    Arguments and results travel as JSON; `variables` are added to the environment. With several ranks the variables are set from which torch.distributed makes a
-    process group. Raises RuntimeError, with the end of what was printed, if a process fails.
+    Arguments and results travel as JSON; `variables` are added to the environment. With several ranks the variables are
+    set from which torch.distributed makes a process group. Raises RuntimeError, with the end of what was printed, if a
+    process fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         outs = [Path(scratch) / f"{rank}.json" for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.scoreboard [ROW,ROW ...]` (`make scoreboard ROW=…`): measures what the project claims, anew.
+"""`python -m tests.benchmarks.scoreboard [ROW,ROW ...]` (`make scoreboard ROW=…`): measures anew what is claimed.
 
 Prints one JSON line per row as soon as it is measured, then all rows as a table. Not part of the tests: it judges
 quality, they judge correctness. Exit codes: 0 all was measured (met or missed), 1 a row could not be measured, 2 wrong
@@ -135,16 +135,17 @@ def measured(demo: Demo, wanted: Set[str], measurements: Sequence[Measurement]) 
         if not mine:
             continue
         print(f"measuring {_title(measurement)}", file=sys.stderr, flush=True)
-        since = time.perf_counter()
+        since, missing = time.perf_counter(), set(mine)
         try:
             for row in measurement.measure(demo, mine):
                 now = time.perf_counter()
-                if row.name in mine:
+                if row.name in missing:
+                    missing.remove(row.name)
                     yield dataclasses.replace(row, seconds=row.seconds or now - since)
                 since = now
         except Exception:
             traceback.print_exc()
-            print(f"scoreboard: {', '.join(sorted(mine))} could not be measured", file=sys.stderr)
+            print(f"scoreboard: {', '.join(sorted(missing))} could not be measured", file=sys.stderr)
             yield None
 
 

@@ -100,7 +100,7 @@ def test_a_failure_is_said_and_does_not_spoil_the_estimate(clock: Clock) -> None
     callback = ProgressCallback(mailbox := Mailbox())
     shown.show(_training(10))
     callback.after_exception(None, {1: RuntimeError("Traceback:\n  x\nValueError: [bold] broke")})
-    (failure,) = mailbox.take()
+    ((_, failure),) = mailbox.after(0)
     shown.show(failure)
     clock.now += 1000  # restarting takes long
     shown.show(_training(6))
@@ -156,8 +156,11 @@ def mailbox(request: pytest.FixtureRequest) -> Any:
 def test_a_mailbox_keeps_the_newest_in_order(mailbox: Any) -> None:
     for n in range(5):
         send(mailbox.post, {"n": n})
-    assert ask(mailbox.take, timeout_s=60) == [{"n": 2}, {"n": 3}, {"n": 4}]
-    assert ask(mailbox.take, timeout_s=60) == []
+    newest = [(3, {"n": 2}), (4, {"n": 3}), (5, {"n": 4})]
+    assert ask(mailbox.after, 0, timeout_s=60) == newest
+    assert ask(mailbox.after, 0, timeout_s=60) == newest, "an answer that was lost can be had again"
+    assert ask(mailbox.after, 4, timeout_s=60) == newest[2:]
+    assert ask(mailbox.after, 5, timeout_s=60) == []
 
 
 # --- running to the end -----------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def evaluation_peak_memory_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Peak resident memory of an evaluation at gap 16,384 over that at gap 1,024, each in a fresh process.
 
     Each process loads the demo model, then evaluates recall on one batch at one gap, for both fillers. The rest of an
-    evaluation does not depend on the gap, and is left out because it could hide what does; for the same reason the kernel's peak
-    (VmHWM) is set back after loading. The C library gives freed blocks back at once: what it would keep is a matter of luck, a
-    tenth of the whole. Median of 3 pairs, alternately; smallest to largest.
+    evaluation does not depend on the gap, and is left out because it could hide what does; for the same reason the
+    kernel's peak (VmHWM) is set back after loading. The C library gives freed blocks back at once: what it would keep
+    is a matter of luck, a tenth of the whole. Median of 3 pairs, alternately; smallest to largest.
     """
     found = []
     for _ in range(REPEATS):

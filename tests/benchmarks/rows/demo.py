@@ -1,4 +1,4 @@
-"""The finished demo run that most rows measure: its settings, its trained model, its tasks. Loaded once, when asked for."""
+"""The finished demo run that most rows measure: its settings, its trained model, its tasks. Loaded when asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the rows are listed, and a wrong name is answered, before t
 
 FILLERS = ("text", "random")
 SEED = 20_001
-"""Of everything that is drawn here. Not the run's own, so that its report and the scoreboard ask different questions."""
+"""Of everything that is drawn here. Not the run's own: its report and the scoreboard ask different questions."""
 
 
 @dataclass(frozen=True)

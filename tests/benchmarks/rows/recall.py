@@ -22,11 +22,12 @@ RECALL_ROWS = (*(f"recall_{filler}_{gap}" for filler in FILLERS for gap in (*GAP
 
 
 def recall_by_gap(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """Share of questions answered exactly right, memory on, by filler and gap in tokens; recall_min is the worst of gaps 256 to 16,384.
+    """Share of questions answered exactly right, memory on, by filler and gap in tokens; and the least of them.
 
-    200 independent held-out examples of key-value recall per filler, the same at every gap, with their Wilson 95 %
-    interval. `cortex_core.eval.reach.recall` reads each example once, up to the longest gap wanted, in calls of bounded
-    size with the session handed on, so memory does not grow with the gap; at each gap a fork of the session is asked.
+    The least (recall_min) is that of gaps 256 to 16,384. 200 independent held-out examples of key-value recall per
+    filler, the same at every gap, with their Wilson 95 % interval. `cortex_core.eval.reach.recall` reads each example
+    once, up to the longest gap wanted, in calls of bounded size with the session handed on, so memory does not grow
+    with the gap; at each gap a fork of the session is asked.
     """
     for filler in FILLERS:
         gaps = [gap for gap in (*GAPS, FAR) if f"recall_{filler}_{gap}" in wanted]
@@ -42,9 +43,10 @@ def recall_by_gap(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 
 def bare_beyond_window(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """Largest accuracy of the bare model over both fillers and gaps 256 to 16,384: it sees the last window only, and must guess.
+    """Largest accuracy of the bare model over both fillers and all gaps: it sees the last window, and must guess.
 
-    The same examples as the recall rows. The goal is an upper bound of chance; its Wilson interval is that of one cell.
+    Gaps 256 to 16,384. The same examples as the recall rows. The goal is an upper bound of chance; its Wilson interval
+    is that of one cell.
     """
     cells = [cell for filler in FILLERS for cell in _ask(demo, filler, GAPS).values()]
     worst = max(cells, key=lambda cell: sum(cell.bare))
@@ -62,10 +64,10 @@ def bare_beyond_window(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 
 def in_window_recall_loss_points(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """Accuracy of the bare model minus that with memory on, in percentage points, where everything stands in one window.
+    """Accuracy of the bare model minus that with memory on, in points, where everything stands in one window.
 
-    600 examples, each asked of both: 200 without any filler (gap 0, where the fillers are the same), 200 others with half
-    a window of text between fact and question, and 200 with random tokens. Newcombe's paired 95 % interval.
+    600 examples, each asked of both: 200 without any filler (gap 0, where the fillers are the same), 200 others with
+    half a window of text between fact and question, and 200 with random tokens. Newcombe's paired 95 % interval.
     """
     window = demo.model.segment_tokens
     bare: list[bool] = []

@@ -31,13 +31,13 @@ DEEP_ROWS = tuple(f"{row}_{DEEP_LAYERS}_layers" for row in ("frozen_parameters_p
 def sharding_of_the_demo(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Share of the demo backbone's weights that each of two ranks holds, and errors against an unsharded model.
 
-    Elements as DeepSpeed's tensors tell, over three training steps on sequences of four segments; at the peak, the most that
-    `Shards.watch` sees after a gather in the backward pass. Physics: a rank holds its half, and while a unit computes (a
-    decoder layer, or a module outside the layers), that unit whole. So no peak is below 0.5 plus the largest unit's share: 0.3
-    for the demo backbone, whose embedding is that large, and gathered_units_at_peak (what is beyond the half, in largest units)
-    cannot be below 1 where that unit is visited. Errors: loss and gradients of one batch, split over two ranks under ZeRO-3
-    and DDP, against the mean over both halves of an unsharded model in one process; relative, and for gradients the worst of
-    all sidecar tensors.
+    Elements as DeepSpeed's tensors tell, over three training steps on sequences of four segments; at the peak, the most
+    that `Shards.watch` sees after a gather in the backward pass. Physics: a rank holds its half, and while a unit
+    computes (a decoder layer, or a module outside the layers), that unit whole. So no peak is below 0.5 plus the
+    largest unit's share: 0.3 for the demo backbone, whose embedding is that large, and gathered_units_at_peak (what is
+    beyond the half, in largest units) cannot be below 1 where that unit is visited. Errors: loss and gradients of one
+    batch, split over two ranks under ZeRO-3 and DDP, against the mean over both halves of an unsharded model in one
+    process; relative, and for gradients the worst of all sidecar tensors.
     """
     ranks = child.run(f"{SCENES}:demo_scene", ranks=RANKS, run=str(demo.folder))
     for when in WHEN:

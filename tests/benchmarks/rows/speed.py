@@ -14,10 +14,10 @@ PIPELINE_PAIRS, SCAN_PAIRS = 5, 9
 def pipeline_throughput_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Training tokens/s of one worker under Ray Train with ZeRO-3, over those of the same loop in a bare process.
 
-    Both run `worker.train` on the demo's settings and the same batches; the bare process knows no Ray and loads the backbone
-    whole. Each is a fresh process per run of 15 steps, of which the first 5 warm up. Five pairs in one session, alternately,
-    while the same cluster is up; median, smallest to largest. Ray lowers the priority of its workers, which on a busy machine
-    would measure the neighbours: here it may not.
+    Both run `worker.train` on the demo's settings and the same batches; the bare process knows no Ray and loads the
+    backbone whole. Each is a fresh process per run of 15 steps, of which the first 5 warm up. Five pairs in one
+    session, alternately, while the same cluster is up; median, smallest to largest. Ray lowers the priority of its
+    workers, which on a busy machine would measure the neighbours: here it may not.
     """
     from tests.benchmarks.rows import two_ways
 

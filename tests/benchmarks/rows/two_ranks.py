@@ -103,8 +103,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _train(config: RunConfig, model: Cortex, shards: Shards, batch: Batch) -> dict[str, float]:
-    """Largest shares of the frozen weights on this rank after and during a few optimizer steps, and what is beyond its part
-    at the peak, in units."""
+    """Largest shares of the frozen weights on this rank after and during a few steps, and units gathered at the peak."""
     objective = replicate(ReadingLoss(model, config.training))
     learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
     peak = after = 0

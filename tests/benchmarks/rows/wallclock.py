@@ -1,8 +1,9 @@
-"""Rows about a user's first hour: from an empty clone to an installed, shown and tested project. Opt-in, because slow."""
+"""Rows about a user's first hour: from an empty clone to an installed, shown and tested project. Slow, so opt-in."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -21,7 +22,21 @@ GOAL_SECONDS: dict[str, float | None] = {"setup": 240, "demo": 480, "test": None
 MEMORY_ROW, MEMORY_GOAL_GB = "demo_peak_memory_gb", 6.0
 ROWS = (*(f"{target}_seconds" for target in TARGETS), MEMORY_ROW)
 SAMPLE_S, SHOWN_LINES = 0.5, 15
-OF_THE_CALLER = frozenset({"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "VIRTUAL_ENV", "PYTHONPATH", "ARGS", "ROW", "RUNS", "RECIPE"})  # fmt: skip
+OF_THE_CALLER = frozenset(
+    [
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKEOVERRIDES",
+        "MAKELEVEL",
+        "VENV",
+        "VIRTUAL_ENV",
+        "PYTHONPATH",
+        "ARGS",
+        "ROW",
+        "RUNS",
+        "RECIPE",
+    ]
+)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OF_THE_CALLER}
 """What a user's shell would have: as this process was started, but for what a make that started it has set."""
 
@@ -29,9 +44,10 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 def wall_clock(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Seconds of `make setup`, `make demo`, `make test` and `.ci/run`, one after the other, in a fresh clone of HEAD.
 
-    What is not committed is not measured. `make setup` runs in any case, since the others need it; it takes packages from the
-    network or from pip's cache, whatever is nearer. demo_peak_memory_gb: twice a second, the proportional set sizes (shared
-    pages count once) of the demo's whole process tree are added up, in 10^9 bytes; the largest sum counts.
+    What is not committed is not measured. `make setup` runs in any case, since the others need it; it takes packages
+    from the network or from pip's cache, whatever is nearer. demo_peak_memory_gb: twice a second, the proportional set
+    sizes (shared pages count once) of the demo's whole process tree are added up, in 10^9 bytes; the largest sum
+    counts.
     """
     with tempfile.TemporaryDirectory(prefix="cortex-clone-") as scratch:
         clone = Path(scratch) / "cortex"
@@ -48,13 +64,20 @@ def wall_clock(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 
 def _timed(command: list[str], clone: Path) -> tuple[float, float]:
-    """Seconds and peak memory (10^9 bytes) of a command. Raises RuntimeError, with the end of its output, if it fails."""
-    log = clone.with_name(f"{command[-1].strip('./').replace('/', '-')}.log")
+    """Seconds and peak memory (10^9 bytes) of a command. Raises RuntimeError, with its last output, if it fails."""
+    log = clone.with_name("output.log")
     start = time.perf_counter()
     with log.open("wb") as said:
-        process = subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT)
-        with PeakMemory(process.pid) as memory:
-            code = process.wait()
+        process = subprocess.Popen(
+            command, cwd=clone, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            with PeakMemory(process.pid) as memory:
+                code = process.wait()
+        except BaseException:  # interrupted: nothing that was started here goes on
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
     seconds = time.perf_counter() - start
     if code:
         end = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
