@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def bare_process(settings: dict[str, Any]) -> float:
 def _through_ray(config: RunConfig, scratch: Path, number: int) -> float:
     notes = scratch / f"{number}.jsonl"
     run = Run(scratch / "run", number, "RUNNING")
-    launch("train", config, run, [NoteReports(str(notes))])
+    shutil.rmtree(launch("train", config, run, [NoteReports(str(notes))]))
     return _timed_seconds([json.loads(line) for line in notes.read_text().splitlines()])
 
 
