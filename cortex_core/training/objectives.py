@@ -46,9 +46,13 @@ class ReadingLoss(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch, sparsity: float = 1.0) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Loss (mean over this micro-batch, nats) and detached metrics. `sparsity` scales its weight (`Learner`)."""
-        logits, target, passes = self._read_and_predict(batch)
-        answer_loss = functional.cross_entropy(logits.float(), target)
+        """Loss in nats and detached metrics. `sparsity` scales its weight (`Learner`).
+
+        Every term is a mean over rows, so that equal shares of a batch add up to the batch, on any number of workers.
+        """
+        logits, target, row, passes = self._read_and_predict(batch)
+        losses = functional.cross_entropy(logits.float(), target, reduction="none")
+        answer_loss = _mean_of_rows(losses, row, len(batch.input_ids))
         penalty = _sparsity(passes, self.model, self.config.sparsity_margin)
         loss = answer_loss + sparsity * self.config.sparsity_weight * penalty
         metrics = {
@@ -65,8 +69,8 @@ class ReadingLoss(nn.Module):
         metrics["loss"] = loss.detach()
         return loss, metrics
 
-    def _read_and_predict(self, batch: Batch) -> tuple[Tensor, Tensor, list[MemoryPass]]:
-        """Logits and targets [answers]. Segments before the first answer are read without the upper layers."""
+    def _read_and_predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[MemoryPass]]:
+        """Logits, targets and rows [answers]. Segments before the first answer are read without the upper layers."""
         total, width = batch.input_ids.shape[1:]
         before = _before(batch.answer.flatten(1))
         first = int(before.any(0).nonzero()[0]) // width
@@ -82,10 +86,11 @@ class ReadingLoss(nn.Module):
             states = memory.final
             passes.append(memory)
         assert logits is not None
-        return logits, batch.input_ids.flatten(1)[:, 1:][before[:, :-1]], passes
+        target = batch.input_ids.flatten(1)[:, 1:][before[:, :-1]]
+        return logits, target, before.nonzero()[:, 0], passes
 
     def _kl_to_bare_model(self, batch: Batch, states: States) -> Tensor:
-        """KL(bare || with memory), nats: mean over text plus mean over answers. The memory is full of other facts.
+        """KL(bare || with memory), nats: of text plus of answers. The memory is full of other facts.
 
         Text is sampled, one token in `KL_STRIDE`: neighbours say much the same, and logits are the costly part.
         """
@@ -102,13 +107,22 @@ class ReadingLoss(nn.Module):
         logits, _ = read_segments(self.model, ids[:, None], layout, other, predict=wanted[:, None])
         assert logits is not None
         kl = functional.kl_div(logits.float().log_softmax(-1), bare, log_target=True, reduction="none").sum(-1)
-        at_answers = asked[wanted]
-        return kl[~at_answers].mean() + (kl * at_answers).sum() / at_answers.sum().clamp_min(1)
+        at_answers, row = asked[wanted], wanted.nonzero()[:, 0]
+        text = _mean_of_rows(kl[~at_answers], row[~at_answers], len(ids))
+        return text + _mean_of_rows(kl[at_answers], row[at_answers], len(ids))
 
 
 def _before(answer: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
     """The positions whose next token is an answer. A sequence cannot begin with one."""
     return torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], dim=1)
+
+
+def _mean_of_rows(
+    values: Float[Tensor, " found"], row: Int[Tensor, " found"], rows: int
+) -> Float[Tensor, ""]:
+    """Mean over rows of the mean within each; a row without values counts as 0."""
+    sums = values.new_zeros(rows).index_add(0, row, values)
+    return (sums / row.bincount(minlength=rows).clamp_min(1)).mean()
 
 
 def _sparsity(passes: list[MemoryPass], model: Cortex, margin: float) -> Tensor:

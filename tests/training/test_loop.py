@@ -86,7 +86,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     assert before > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("windows", [0, pytest.param(4, marks=pytest.mark.xfail(strict=True, reason="KL is a mean over positions"))])  # fmt: skip
+@pytest.mark.parametrize("windows", [0, 4])
 def test_two_halves_are_one_batch(windows: int) -> None:
     found = []
     for parts in (1, 2):
