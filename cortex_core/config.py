@@ -59,8 +59,8 @@ class FastWeightsConfig(Settings):
     """Gate activations (0 to 1) up to here write exactly nothing, so that a gap of any length costs nothing."""
     saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Gate activations from here on write at full strength."""
-    gate_taps: Annotated[int, Field(ge=1, le=16)] = 4
-    """Tokens that the gates look at: the one in question and those just before it in its segment."""
+    taps: Annotated[int, Field(ge=1, le=16)] = 4
+    """Tokens that gates, keys and queries look at: the one in question and those just before it in its segment."""
     controller: bool = True
     """Whether surprise, uncertainty, reward and phase modulate the write gate."""
     controller_hidden: PositiveInt = 16
@@ -158,9 +158,9 @@ class TrainingConfig(Settings):
     """In-window sequences per optimizer step, over all workers, held to the bare model by KL; 0 turns them off."""
     kl_weight: NonNegative = 1.0
     """Weight of KL(bare model || model with memory), in nats per token, on the in-window sequences."""
-    sparsity_weight: NonNegative = 1.0
+    sparsity_weight: NonNegative = 5.0
     """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
-    sparsity_margin: NonNegative = 0.2
+    sparsity_margin: NonNegative = 0.4
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """Decay per step of the weight average that is evaluated and exported; 0 turns averaging off."""

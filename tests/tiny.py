@@ -121,7 +121,7 @@ def ragged(filler: str = "text") -> Ragged:
 
 
 def model(memory: FastWeightsConfig = MEMORY, *, open_gates: bool = False) -> Cortex:
-    """The backbone with new sidecars, the same ones each time; with `open_gates` they matter."""
+    """The backbone with new sidecars, the same ones each time; with `open_gates` they matter, all taps of them."""
     backbone = load_backbone(backbone_config())
     torch.manual_seed(0)
     attached = Cortex.attach(backbone, memory, SEGMENT)
@@ -129,7 +129,8 @@ def model(memory: FastWeightsConfig = MEMORY, *, open_gates: bool = False) -> Co
         generator = torch.Generator().manual_seed(1)
         for sidecar in attached.sidecars.values():
             nn.init.constant_(sidecar.output_gate, 1.5)
-            nn.init.normal_(sidecar.write_gate.weight, std=0.3, generator=generator)
+            for weights in (sidecar.write_gate.weight, sidecar.addresses.key_taps, sidecar.addresses.query_taps):
+                nn.init.normal_(weights, std=0.3, generator=generator)
             nn.init.normal_(sidecar.controller.out.weight, generator=generator)
     return attached
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cortex_core.backbone.attention import PREFIX, WRAPPED, Rotation, attention_pass, capture_hidden
+from cortex_core.backbone.attention import PREFIX, WRAPPED, attention_pass, capture_hidden
 from cortex_core.config import FastWeightsConfig
 from cortex_core.errors import ConfigError, IncompatibleError
 from cortex_core.fast_weights.sidecar import LayerShape
@@ -29,7 +29,7 @@ class _Probe:
         self.ports: list[Port] = []
         self.hidden: dict[nn.Module, int] = {}
 
-    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
         self.hidden[module] = hidden.shape[-1]
 
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:

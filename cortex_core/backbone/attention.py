@@ -10,9 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,28 +21,11 @@ PREFIX = "cortex_"
 WRAPPED = ("sdpa", "eager", "flash_attention_2")
 
 
-class Rotation(NamedTuple):
-    """Rotary position embedding of some tokens: cos and sin [rows, tokens, rotated dimensions]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def undo(self, x: Tensor) -> Tensor:
-        """Queries or keys [rows, heads, tokens, head_dim] as they were before it; dimensions beyond it are kept."""
-        width = self.cos.shape[-1]
-        cos, sin = self.cos[:, None], self.sin[:, None]
-        turned, kept = x[..., :width], x[..., width:]
-        scale = cos.square() + sin.square()  # not 1 where a family stretches attention with its positions
-        first, second = turned.chunk(2, dim=-1)
-        turned = (turned * cos - torch.cat([-second, first], dim=-1) * sin) / scale
-        return torch.cat([turned, kept], dim=-1)
-
-
 @runtime_checkable
 class AttentionPass(Protocol):
     """Something that wants to see, and may add to, every attention call of one forward pass."""
 
-    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
         """The attention module is about to run on `hidden` [rows, tokens, hidden]."""
 
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
@@ -71,13 +53,10 @@ def same_pass_again() -> tuple[AbstractContextManager[None], AbstractContextMana
 
 
 def capture_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of an attention module: its input, and its rotary embedding where the family hands it in. The
-    attention function itself is given neither."""
+    """Forward pre-hook of an attention module: its input, which the attention function itself is not given."""
     observer = _active.get()
     if observer is not None:
-        rotation = kwargs.get("position_embeddings")
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        observer.before(module, hidden, None if rotation is None else Rotation(*rotation))
+        observer.before(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
 _wanted: ContextVar[Tensor | None] = ContextVar("cortex_wanted_positions", default=None)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from cortex_core.backbone.attention import Rotation
 from cortex_core.backbone.segments import Layout
 from cortex_core.fast_weights.sidecar import LayerTokens, Reading, Sidecar
 from cortex_core.fast_weights.state import FastWeights
@@ -32,17 +31,17 @@ class MemoryPass:
     final: States = field(default_factory=dict)
     snapshots: States = field(default_factory=dict)
     readings: dict[int, Reading] = field(default_factory=dict)
-    _inputs: dict[nn.Module, tuple[Tensor, Rotation | None]] = field(default_factory=dict)
+    _inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
         if module in self.sidecars:
-            self._inputs[module] = hidden, rotation
+            self._inputs[module] = hidden
 
     def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         if module not in self.sidecars:
             return attended
         layer, sidecar = self.sidecars[module]
-        tokens = self._tokens(*self._inputs.pop(module), q, k, v, attended)
+        tokens = self._tokens(self._inputs.pop(module), v, attended)
         reading = self._read(layer, sidecar, tokens)
         self.readings[layer] = reading
         self.final[layer] = reading.final_state
@@ -57,23 +56,12 @@ class MemoryPass:
         )
         return reading
 
-    def _tokens(
-        self, hidden: Tensor, rotation: Rotation | None, q: Tensor, k: Tensor, v: Tensor, attended: Tensor
-    ) -> LayerTokens:
-        new = q.shape[2]  # with a cache, k and v begin with the tokens of earlier calls
-        k, v = k[:, :, -new:], v[:, :, -new:]
-        if rotation is not None:
-            # A fact and the question about it stand anywhere in their segments: positions must not tell them apart.
-            q, k = rotation.undo(q), rotation.undo(k)
-        heads = q.shape[1] // k.shape[1]
-        layout = self.layout
-        of_heads = [
-            layout.to_sequences(x.transpose(1, 2)).transpose(1, 2)
-            for x in (q, _for_queries(k, heads), _for_queries(v, heads))
-        ]
+    def _tokens(self, hidden: Tensor, v: Tensor, attended: Tensor) -> LayerTokens:
+        layout, new = self.layout, hidden.shape[1]
+        v = _for_queries(v[:, :, -new:], attended.shape[2])  # with a cache, values begin with those of earlier calls
         return LayerTokens(
             layout.to_sequences(hidden),
-            *of_heads,
+            values=layout.to_sequences(v.transpose(1, 2)).transpose(1, 2),
             attended=layout.to_sequences(attended).transpose(1, 2),
             valid=layout.to_sequences(layout.valid),
             positions=layout.positions(),
@@ -94,11 +82,11 @@ class GenerationPass(MemoryPass):
     context: dict[int, Tensor] = field(default_factory=dict)
     """Per layer, its input at the last few tokens."""
 
-    def before(self, module: nn.Module, hidden: Tensor, rotation: Rotation | None) -> None:
+    def before(self, module: nn.Module, hidden: Tensor) -> None:
         first = next(iter(self.sidecars))
         if module is first and self.final:
             self._advance(hidden)
-        super().before(module, hidden, rotation)
+        super().before(module, hidden)
 
     def _advance(self, hidden: Tensor) -> None:
         """A new call begins: the next token of every row."""
@@ -112,7 +100,7 @@ class GenerationPass(MemoryPass):
         )
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
-        before, taps = self.context.get(layer), sidecar.config.gate_taps - 1
+        before, taps = self.context.get(layer), sidecar.config.taps - 1
         if before is not None:
             self.context[layer] = torch.cat([before, tokens.hidden], dim=1)[:, -taps:] if taps else before
             return sidecar(tokens._replace(before=before), self.states[layer], stepwise=True)[0]
@@ -130,6 +118,6 @@ def _last(x: Tensor, lengths: Tensor, count: int) -> Tensor:
     return found * (index >= 0)[..., None]
 
 
-def _for_queries(x: Tensor, groups: int) -> Tensor:
-    """Grouped-query attention: the key or value head that each query head uses."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+def _for_queries(v: Tensor, heads: int) -> Tensor:
+    """Grouped-query attention: the value head that each query head uses."""
+    return v if v.shape[1] == heads else v.repeat_interleave(heads // v.shape[1], dim=1)

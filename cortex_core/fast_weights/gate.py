@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
+
+from cortex_core.fast_weights.address import earlier
 
 
 class TappedGate(nn.Module):
@@ -24,22 +25,13 @@ class TappedGate(nn.Module):
         self.bias = nn.Parameter(torch.full((heads,), bias))
 
     def forward(
-        self,
-        hidden: Float[Tensor, "batch tokens hidden"],
-        place: Int[Tensor, "batch tokens"],
-        before: Float[Tensor, "batch context hidden"] | None = None,
+        self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch heads tokens"]:
-        """Activations, 0 to 1. `place` counts tokens within the segment; `before` are inputs that came before `hidden`
-        (zeros before the segment's start), for a call that goes on within one."""
-        new = hidden.shape[1]
-        if before is not None:
-            hidden = torch.cat([before, hidden], dim=1)
-            place = torch.full(hidden.shape[:2], self.taps, device=hidden.device)  # zeros stand for what is not there
+        """Activations, 0 to 1. `place` counts tokens within the segment."""
         logits = self.bias + hidden @ self.weight[0].T
         for tap in range(1, min(self.taps, hidden.shape[1])):
-            earlier = functional.pad((hidden @ self.weight[tap].T)[:, :-tap], (0, 0, tap, 0))
-            logits = logits + earlier * (place >= tap)[..., None]
-        return torch.sigmoid(logits[:, -new:]).transpose(1, 2)
+            logits = logits + earlier(hidden @ self.weight[tap].T, tap, place)
+        return torch.sigmoid(logits).transpose(1, 2)
 
 
 def hard_gate(activation: Float[Tensor, "*shape"], dead_zone: float, saturation: float) -> Float[Tensor, "*shape"]:

@@ -1,4 +1,4 @@
-"""One layer's memory: from the layer's own queries, keys and values to what it adds to the attention output."""
+"""One layer's memory: from the layer's input and its own values to what it adds to the attention output."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cortex_core.config import FastWeightsConfig
 from cortex_core.fast_weights import signals
+from cortex_core.fast_weights.address import Addresses
 from cortex_core.fast_weights.chunk import delta_scan
 from cortex_core.fast_weights.controller import Controller
 from cortex_core.fast_weights.gate import TappedGate, hard_gate
@@ -22,8 +22,6 @@ class LayerTokens(NamedTuple):
     """What one attention layer computed for its tokens, and where they stand. Shapes: `layer_shape`."""
 
     hidden: Float[Tensor, "batch tokens hidden"]
-    queries: Float[Tensor, "batch heads tokens head_dim"]
-    keys: Float[Tensor, "batch heads tokens head_dim"]
     values: Float[Tensor, "batch heads tokens value_dim"]
     attended: Float[Tensor, "batch heads tokens value_dim"]
     valid: Bool[Tensor, "batch tokens"]
@@ -63,15 +61,10 @@ class Sidecar(nn.Module):
     def __init__(self, shape: LayerShape, config: FastWeightsConfig) -> None:
         super().__init__()
         self.shape, self.config = shape, config
-        # `down` is the learned map into the key space (U in the source). Fast weights never decay it, so it cannot die.
-        orthogonal = torch.stack([_orthonormal(shape.head_dim, config.rank) for _ in range(shape.heads)])
-        self.down_key = nn.Parameter(orthogonal.clone())
-        self.down_query = nn.Parameter(orthogonal.clone())
-        self.key_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
-        self.query_content = nn.Parameter(torch.zeros(shape.hidden, shape.heads * config.rank))
+        self.addresses = Addresses(shape.hidden, shape.heads, config.rank, config.taps)
         # Just open: a gradient everywhere, and writes too weak to overwrite one another.
-        self.write_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=_just_open(config, 0.05))
-        self.read_gate = TappedGate(shape.hidden, shape.heads, config.gate_taps, bias=_just_open(config, 0.25))
+        self.write_gate = TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.05))
+        self.read_gate = TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.25))
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
 
@@ -94,12 +87,10 @@ class Sidecar(nn.Module):
         `stepwise` runs token by token from any state (generation); otherwise the first token opens a chunk.
         """
         config = self.config
-        keys = self._into_key_space(tokens.keys, tokens.hidden, self.down_key, self.key_content)
-        queries = self._into_key_space(tokens.queries, tokens.hidden, self.down_query, self.query_content)
-        values = tokens.values.float()
-        hidden = tokens.hidden.float()
-        before = None if tokens.before is None else tokens.before.float()
-        activation = self.write_gate(hidden, tokens.place, before)
+        new, values = tokens.hidden.shape[1], tokens.values.float()
+        hidden, place = _with_context(tokens, config.taps)
+        keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, place, read=read))
+        activation = self.write_gate(hidden, place)[:, :, -new:]
         uncertainty = signals.uncertainty(tokens.attended.float(), values)
         phase = signals.phase(tokens.positions, config.phase_period_tokens)
         modulated: list[Tensor] = []
@@ -127,22 +118,22 @@ class Sidecar(nn.Module):
             final, snapshot = FastWeights.at_chunk_start(scan.final), FastWeights.at_chunk_start(scan.snapshot)
         added = None
         if out is not None:
-            asked = hard_gate(self.read_gate(hidden, tokens.place, before), config.dead_zone, config.saturation)
+            opened = self.read_gate(hidden, place)[:, :, -new:]
+            asked = hard_gate(opened, config.dead_zone, config.saturation)
             added = self.output_gate[:, None, None] * asked[..., None] * out
         return Reading(added, final, write, torch.cat(surprises, dim=2), torch.cat(modulated, dim=2)), snapshot
 
-    def _into_key_space(self, projected: Tensor, hidden: Tensor, down: Tensor, content: Tensor) -> Tensor:
-        batch, _, tokens, _ = projected.shape
-        extra = (hidden.float() @ content).view(batch, tokens, self.shape.heads, -1).transpose(1, 2)
-        return functional.normalize(projected.float() @ down + extra, dim=-1, eps=1e-6)
+
+def _with_context(tokens: LayerTokens, taps: int) -> tuple[Tensor, Tensor]:
+    """The layer's input with the few tokens before it, and the place of each in its segment."""
+    hidden = tokens.hidden.float()
+    if tokens.before is None:
+        return hidden, tokens.place
+    hidden = torch.cat([tokens.before.float(), hidden], dim=1)
+    return hidden, torch.full(hidden.shape[:2], taps, device=hidden.device)  # zeros stand for what is not there
 
 
 def _just_open(config: FastWeightsConfig, by: float) -> float:
     """The bias with which a gate, after an untrained controller, stands `by` above the dead zone."""
     activation = torch.tensor(min(config.dead_zone + by, 0.99))
     return float(torch.logit(activation))
-
-
-def _orthonormal(rows: int, columns: int) -> Tensor:
-    """Random [rows, columns] with orthonormal columns (rows >= columns)."""
-    return torch.linalg.qr(torch.randn(rows, columns))[0]

@@ -117,9 +117,7 @@ def _before(answer: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"
     return torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], dim=1)
 
 
-def _mean_of_rows(
-    values: Float[Tensor, " found"], row: Int[Tensor, " found"], rows: int
-) -> Float[Tensor, ""]:
+def _mean_of_rows(values: Float[Tensor, " found"], row: Int[Tensor, " found"], rows: int) -> Float[Tensor, ""]:
     """Mean over rows of the mean within each; a row without values counts as 0."""
     sums = values.new_zeros(rows).index_add(0, row, values)
     return (sums / row.bincount(minlength=rows).clamp_min(1)).mean()

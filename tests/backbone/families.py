@@ -52,10 +52,13 @@ def small_memory(layers: tuple[int, ...] = (1, 2)) -> FastWeightsConfig:
 
 
 def open_gates(model: Cortex) -> None:
-    """Make the sidecars add something to every token."""
+    """Make the sidecars write some tokens, under addresses from all taps, and add something to every token."""
+    generator = torch.Generator().manual_seed(1)
     for sidecar in model.sidecars.values():
         nn.init.constant_(sidecar.output_gate, 1.5)
-        nn.init.normal_(sidecar.controller.out.weight)
+        for weights in (sidecar.write_gate.weight, sidecar.addresses.key_taps, sidecar.addresses.query_taps):
+            nn.init.normal_(weights, std=0.3, generator=generator)
+        nn.init.normal_(sidecar.controller.out.weight, std=0.3, generator=generator)
 
 
 def random_ids(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:

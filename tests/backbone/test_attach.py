@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from torch import nn
 
 from cortex_core.backbone.attach import chosen_layers
-from cortex_core.backbone.attention import Rotation, attention_pass
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import FastWeightsConfig
 from cortex_core.errors import ConfigError, IncompatibleError
-from tests.backbone.families import CONFIGS, ROTARY, SEGMENT, bare, open_gates, random_ids, small_memory, with_memory
+from tests.backbone.families import CONFIGS, SEGMENT, bare, open_gates, random_ids, small_memory, with_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,35 +95,3 @@ def test_sizes_that_do_not_fit(settings: dict, segment: int, message: str) -> No
 @pytest.mark.parametrize(("num_layers", "layer"), [(1, 0), (2, 1), (4, 1), (24, 6), (80, 20)])
 def test_default_layer(num_layers: int, layer: int) -> None:
     assert chosen_layers(FastWeightsConfig(), num_layers) == (layer,)
-
-
-class _Queries:
-    """Collects the first layer's queries and keys with their rotation undone."""
-
-    def __init__(self) -> None:
-        self.rotation: Rotation | None = None
-        self.seen: list[torch.Tensor] = []
-
-    def before(self, module: nn.Module, hidden: torch.Tensor, rotation: Rotation | None) -> None:
-        self.rotation = rotation
-
-    def after(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attended: torch.Tensor
-    ) -> torch.Tensor:
-        if module.layer_idx == 0:
-            assert self.rotation is not None
-            self.seen += [q, k, self.rotation.undo(q), self.rotation.undo(k)]
-        return attended
-
-
-@pytest.mark.parametrize("family", ROTARY)
-@torch.no_grad()
-def test_undoing_the_rotation_leaves_nothing_of_the_position(family: str) -> None:
-    """The same token at every position: in the first layer its query and key differ by the rotation alone."""
-    model, collected = with_memory(family, layers=(0,)), _Queries()
-    with attention_pass(collected):
-        model.backbone(input_ids=torch.full((1, 40), 7), use_cache=False)
-    rotated_q, rotated_k, q, k = collected.seen
-    for rotated, plain in ((rotated_q, q), (rotated_k, k)):
-        assert float((rotated - rotated[:, :, :1]).abs().max()) > 1e-2 * float(rotated.abs().max())
-        assert torch.allclose(plain, plain[:, :, :1].expand_as(plain), atol=1e-5)

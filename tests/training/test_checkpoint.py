@@ -107,7 +107,11 @@ def test_a_checkpoint_of_another_memory_is_refused(saved: Path, change: dict[str
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("average.1.down_key", "of another memory"), ("weights", "of another memory"), ("random_state", "not whole")],
+    [
+        ("average.1.addresses.content", "of another memory"),
+        ("weights", "of another memory"),
+        ("random_state", "not whole"),
+    ],
 )
 def test_a_checkpoint_that_lacks_something_is_refused(saved: Path, kind: str, message: str) -> None:
     tensors = load_file(saved / TENSORS)

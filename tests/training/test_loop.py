@@ -34,7 +34,7 @@ def test_every_parameter_has_the_rate_of_its_kind(controller: bool) -> None:
     found = {name: owner.pop(id(parameter)) for name, parameter in parameters.items()}
     assert not owner, "not a parameter of the sidecars"
     kinds = {"output_gate": 0.003, "write_gate": 0.002, "read_gate": 0.002, "controller": 0.002}
-    kinds |= dict.fromkeys(("down_key", "down_query", "key_content", "query_content"), 0.001)
+    kinds["addresses"] = 0.001
     assert {name.split(".")[1] for name in found} == kinds.keys() - (set() if controller else {"controller"})
     assert found == {name: kinds[name.split(".")[1]] for name in parameters}
 

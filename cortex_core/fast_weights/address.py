@@ -1,0 +1,53 @@
+"""Where a memory writes and reads: keys and queries of unit length, from what the layer is given."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Addresses(nn.Module):
+    """One map of the layer's input into the key space, and a short causal convolution each for keys and queries.
+
+    At the start a token is stored under the one before it, and looked up by itself: "what followed this the last
+    time?" (token shift: Peng et al. 2023, "RWKV"; short convolutions of keys and queries: Yang et al. 2025, "Gated
+    Delta Networks"). Training moves on from there. A random map keeps angles (Johnson and Lindenstrauss), so tokens
+    have nearly orthogonal addresses before anything is learned, whatever the backbone.
+    """
+
+    def __init__(self, hidden: int, heads: int, rank: int, taps: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.content = nn.Parameter(torch.randn(hidden, heads * rank) / hidden**0.5)
+        self.key_taps = nn.Parameter(_one_tap(min(1, taps - 1), taps, heads * rank))
+        self.query_taps = nn.Parameter(_one_tap(0, taps, heads * rank))
+
+    def forward(
+        self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"], *, read: bool
+    ) -> tuple[Float[Tensor, "batch heads tokens rank"], Float[Tensor, "batch heads tokens rank"]]:
+        """Keys and queries. `place` counts tokens within the segment. Without `read`, queries are the keys, unused."""
+        content = hidden @ self.content
+        keys = self._unit(content, self.key_taps, place)
+        return keys, self._unit(content, self.query_taps, place) if read else keys
+
+    def _unit(self, content: Tensor, taps: Tensor, place: Tensor) -> Tensor:
+        batch, tokens, _ = content.shape
+        mixed = content * taps[0]
+        for tap in range(1, min(len(taps), tokens)):
+            mixed = mixed + earlier(content, tap, place) * taps[tap]
+        return functional.normalize(mixed.view(batch, tokens, self.heads, -1).transpose(1, 2), dim=-1, eps=1e-6)
+
+
+def earlier(
+    x: Float[Tensor, "batch tokens channels"], tap: int, place: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """For every token, what stood `tap` (at least 1) tokens before it in its segment; 0 before the segment's start."""
+    return functional.pad(x[:, :-tap], (0, 0, tap, 0)) * (place >= tap)[..., None]
+
+
+def _one_tap(which: int, taps: int, channels: int) -> Tensor:
+    weights = torch.zeros(taps, channels)
+    weights[which] = 1.0
+    return weights

@@ -1,0 +1,83 @@
+"""Addresses: what they are before training, that they stay within their segment, and any split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cortex_core.fast_weights.address import Addresses, earlier
+
+HIDDEN, HEADS, RANK, TAPS, TOKENS = 48, 3, 16, 4, 24
+
+
+def places(tokens: int, segment: int) -> Tensor:
+    return (torch.arange(tokens) % segment)[None].expand(2, -1)
+
+
+def trained_addresses(taps: int = TAPS) -> Addresses:
+    """All taps in use."""
+    torch.manual_seed(3)
+    addresses = Addresses(HIDDEN, HEADS, RANK, taps)
+    for weights in (addresses.key_taps, addresses.query_taps):
+        torch.nn.init.normal_(weights)
+    return addresses
+
+
+@torch.no_grad()
+def test_at_the_start_a_token_is_stored_under_the_one_before_it() -> None:
+    torch.manual_seed(1)
+    addresses, words = Addresses(HIDDEN, HEADS, RANK, TAPS), torch.randn(8, HIDDEN)
+    told, asked = words[None, [0, 1, 2, 3]], words[None, [5, 6, 2]]
+    keys, _ = addresses(told, places(4, 8)[:1], read=True)
+    _, queries = addresses(asked, places(3, 8)[:1], read=True)
+    found = keys @ queries[:, :, -1:].transpose(-1, -2)  # the question ends with word 2, which stood at 2
+    assert torch.allclose(found[:, :, 3], torch.ones_like(found[:, :, 3]), atol=1e-5)
+    assert float(found[:, :, :3].abs().max()) < 0.9
+
+
+@torch.no_grad()
+def test_unit_length_but_for_a_segment_s_first_key() -> None:
+    torch.manual_seed(1)
+    keys, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(2, TOKENS, HIDDEN), places(TOKENS, 8), read=True)
+    lengths = keys.norm(dim=-1)
+    first = places(TOKENS, 8)[0] == 0
+    assert torch.allclose(lengths[:, :, ~first], torch.ones(()), atol=1e-5) and not lengths[:, :, first].any()
+    assert torch.allclose(queries.norm(dim=-1), torch.ones(()), atol=1e-5)
+
+
+@torch.no_grad()
+def test_different_tokens_have_nearly_orthogonal_addresses() -> None:
+    """As random directions do: the spread of the cosine is 1 / sqrt(rank)."""
+    torch.manual_seed(1)
+    _, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(1, 400, HIDDEN), places(400, 400)[:1], read=True)
+    cosines = queries @ queries.transpose(-1, -2)
+    others = cosines[:, :, ~torch.eye(400, dtype=torch.bool)]
+    # Two random projections, one behind the other: 1/rank from the map, 1/hidden from the inputs themselves.
+    assert float(others.mean().abs()) < 0.02
+    assert float(others.std()) == pytest.approx((1 / RANK + 1 / HIDDEN) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 16])
+@pytest.mark.parametrize("segment", [1, 3, 8])
+def test_a_segment_s_addresses_do_not_depend_on_the_one_before(taps: int, segment: int) -> None:
+    addresses, hidden = trained_addresses(taps), torch.randn(2, TOKENS, HIDDEN)
+    together = addresses(hidden, places(TOKENS, segment), read=True)
+    pieces = hidden.reshape(-1, segment, HIDDEN)
+    alone = addresses(pieces, places(segment, segment)[:1].expand(len(pieces), -1), read=True)
+    for one, other in zip(together, alone, strict=True):
+        cut = one.transpose(1, 2).reshape(-1, segment, HEADS, RANK).transpose(1, 2)
+        assert torch.allclose(cut, other, atol=1e-5)
+
+
+def test_without_a_read_the_keys_are_the_same() -> None:
+    addresses, hidden = trained_addresses(), torch.randn(2, TOKENS, HIDDEN)
+    place = places(TOKENS, 8)
+    assert torch.equal(addresses(hidden, place, read=True)[0], addresses(hidden, place, read=False)[0])
+
+
+@pytest.mark.parametrize("tap", [1, 2, 7])
+def test_earlier_looks_back_within_the_segment(tap: int) -> None:
+    x = torch.arange(1.0, 13.0)[None, :, None]
+    found = earlier(x, tap, places(12, 4)[:1])[0, :, 0].tolist()
+    assert found == [at + 1.0 - tap if at % 4 >= tap else 0.0 for at in range(12)]
