@@ -18,7 +18,7 @@ from cortex_core.backbone.attach import chosen_layers, find_ports, first_layers
 from cortex_core.backbone.attention import attention_pass, capture_hidden, same_pass_again, select_positions
 from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.generate import generate
-from cortex_core.backbone.load import load_backbone
+from cortex_core.backbone.load import in_assets, load_backbone
 from cortex_core.backbone.passes import MemoryPass, States
 from cortex_core.backbone.reading import advance, metrics_of
 from cortex_core.backbone.segments import Layout, Rows
@@ -82,7 +82,7 @@ class Cortex(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, sidecars: str | Path | None = None, **backbone_settings: Any) -> Cortex:
-        """Load a backbone (hub id, folder, `builtin:…`) and, with `sidecars`, a trained memory for it.
+        """Load a backbone (hub id, folder, `builtin:…`) and, with `sidecars` (folder, `builtin:…`), a memory for it.
 
         Further settings are those of `BackboneConfig`. Raises DataError, IncompatibleError, ConfigError.
         """
@@ -90,7 +90,7 @@ class Cortex(nn.Module):
             config = BackboneConfig(name=name, **backbone_settings)
             chosen = config.segment_tokens if "segment_tokens" in backbone_settings else None
             return cls.attach(load_backbone(config), segment_tokens=chosen)
-        saved = sidecar_files.read(Path(sidecars))
+        saved = sidecar_files.read(in_assets(str(sidecars)))
         settings: dict[str, Any] = {"segment_tokens": saved.segment_tokens} | backbone_settings
         config = BackboneConfig(name=name, **settings)
         model = cls(load_backbone(config), saved.fast_weights, config.segment_tokens)

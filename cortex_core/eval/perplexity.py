@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cortex_core.backbone.model import Cortex
+from cortex_core.eval.intervals import mean_interval
 
 
 class TextLoss(NamedTuple):
@@ -26,14 +27,15 @@ def text_loss(
 ) -> TextLoss:
     """Loss on `text`, read segment by segment; the first token of each segment is not scored, for either.
 
-    `before` is read into the memory first (facts that it holds while it reads on), and not scored.
+    `before` is read into the memory first (facts that it holds while it reads on), and not scored; it is repeated to
+    whole segments.
     """
     width = model.segment_tokens
     text = text[:, : text.shape[1] // width * width]
     session = model.new_session(len(text))
     if before is not None and before.shape[1]:
-        pad = -before.shape[1] % width  # so that the text begins with a segment, as it does for the bare model
-        model.read(torch.cat([text[:, -pad:] if pad else text[:, :0], before], dim=1), session)
+        whole = -(-before.shape[1] // width) * width  # so that the text begins with a segment, as for the bare model
+        model.read(before.repeat(1, -(-whole // before.shape[1]))[:, -whole:], session)
     segments = text.view(len(text), -1, width)
     losses: dict[str, list[Tensor]] = {"on": [], "off": []}
     for number in range(segments.shape[1]):
@@ -52,17 +54,16 @@ def _loss(logits: Tensor | None, ids: Tensor) -> Tensor:
 
 def drift(losses: TextLoss, bytes_per_token: float) -> dict[str, float]:
     """Perplexities, their ratio with a 95 % interval over rows, and bits per byte."""
-    difference = losses.with_memory - losses.bare
-    rows = len(difference)
-    half = 1.96 * float(difference.std()) / math.sqrt(rows) if rows > 1 else float("nan")
-    mean = float(difference.mean())
+    difference = (losses.with_memory - losses.bare).tolist()
+    mean = sum(difference) / len(difference)
+    low, high, _ = mean_interval(difference) if len(difference) > 1 else (math.nan, math.nan, mean)
     on, off = float(losses.with_memory.mean()), float(losses.bare.mean())
     return {
         "perplexity_on": math.exp(on),
         "perplexity_off": math.exp(off),
         "ratio": math.exp(mean),
-        "low": math.exp(mean - half),
-        "high": math.exp(mean + half),
+        "low": math.exp(low),
+        "high": math.exp(high),
         "bits_per_byte_on": on / math.log(2) / bytes_per_token,
         "bits_per_byte_off": off / math.log(2) / bytes_per_token,
     }

@@ -36,7 +36,7 @@ def test_any_split_is_the_same_reading(family: str) -> None:
 
 
 @settings(max_examples=15)
-@given(cuts=st.lists(st.integers(0, 90), max_size=4), reads=st.booleans())
+@given(cuts=st.lists(st.integers(0, 89), max_size=4), reads=st.booleans())
 @torch.no_grad()
 def test_any_split_by_hypothesis(cuts: list[int], reads: bool) -> None:
     model, ids = with_memory(layers=(1,)), random_ids(1, 90, seed=3)
@@ -45,7 +45,7 @@ def test_any_split_by_hypothesis(cuts: list[int], reads: bool) -> None:
     for start, stop in itertools.pairwise(edges):
         piece = ids[:, start:stop]
         model.read(piece, session) if reads else model(input_ids=piece, session=session)
-    assert close(model(input_ids=ids[:, 89:], session=session).logits[:, -1], expected) or 90 in cuts
+    assert close(model(input_ids=ids[:, 89:], session=session).logits[:, -1], expected)
 
 
 @torch.no_grad()

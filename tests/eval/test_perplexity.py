@@ -86,7 +86,7 @@ def test_drift_is_a_paired_comparison() -> None:
     bare = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     change = torch.tensor([0.01, 0.02, 0.01, 0.02], dtype=torch.float64)
     numbers = drift(TextLoss(bare + change, bare), bytes_per_token=3.0)
-    half = 1.96 * change.std().item() / math.sqrt(4)
+    half = 3.182446 * change.std().item() / math.sqrt(4)  # Student's t with 3 degrees of freedom
     assert numbers["perplexity_on"] == pytest.approx(math.exp(2.515))
     assert numbers["perplexity_off"] == pytest.approx(math.exp(2.5))
     assert numbers["ratio"] == pytest.approx(math.exp(0.015))
