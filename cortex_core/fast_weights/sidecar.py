@@ -84,8 +84,13 @@ class Sidecar(nn.Module):
     ) -> tuple[Reading, FastWeights]:
         """Read `tokens` from `initial_state`. Returns the reading and the state at the start of `snapshot_chunk`.
 
-        `stepwise` runs token by token from any state (generation); otherwise the first token opens a chunk.
+        `stepwise` runs token by token from any state (generation); otherwise the first token opens a chunk. All of it
+        in float32, also under autocast.
         """
+        with torch.autocast(tokens.hidden.device.type, enabled=False):
+            return self._read(tokens, initial_state, snapshot_chunk, read, stepwise)
+
+    def _read(self, tokens, initial_state, snapshot_chunk, read, stepwise):  # noqa: ANN001, ANN202
         config = self.config
         new, values = tokens.hidden.shape[1], tokens.values.float()
         hidden, place = _with_context(tokens, config.taps)

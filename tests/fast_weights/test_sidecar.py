@@ -1,0 +1,51 @@
+"""A sidecar as a whole: its precision is its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cortex_core.config import FastWeightsConfig
+from cortex_core.fast_weights.sidecar import LayerShape, LayerTokens, Sidecar
+
+BATCH, TOKENS = 2, 21
+SHAPE = LayerShape(hidden=24, heads=3, head_dim=8, value_dim=8)
+
+
+def sidecar() -> Sidecar:
+    """Writes some tokens and adds to all of them."""
+    torch.manual_seed(0)
+    made = Sidecar(SHAPE, FastWeightsConfig(rank=8, chunk_size=8))
+    nn.init.constant_(made.output_gate, 1.5)
+    for weights in (made.write_gate.weight, made.addresses.key_taps, made.addresses.query_taps):
+        nn.init.normal_(weights, std=0.3)
+    return made
+
+
+def tokens() -> LayerTokens:
+    generator = torch.Generator().manual_seed(1)
+    heads = (BATCH, SHAPE.heads, TOKENS, SHAPE.value_dim)
+    positions = torch.arange(TOKENS).expand(BATCH, -1)
+    return LayerTokens(
+        hidden=torch.randn(BATCH, TOKENS, SHAPE.hidden, generator=generator),
+        values=torch.randn(heads, generator=generator),
+        attended=torch.randn(heads, generator=generator),
+        valid=torch.ones(BATCH, TOKENS, dtype=torch.bool),
+        positions=positions,
+        reward=torch.zeros(BATCH, TOKENS),
+        place=positions,
+    )
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_autocast_changes_no_bit(stepwise: bool) -> None:
+    memory, found = sidecar(), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            reading, _ = memory(tokens(), memory.empty_state(BATCH), stepwise=stepwise)
+        assert reading.added is not None and reading.added.any() and reading.final_state.up.any()
+        found.append((reading.added, reading.final_state.up))
+    (added, state), (cast_added, cast_state) = found
+    assert added.dtype == cast_added.dtype == torch.float32
+    assert torch.equal(added, cast_added) and torch.equal(state, cast_state)
