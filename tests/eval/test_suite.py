@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import EvaluationConfig
 from cortex_core.eval.intervals import wilson
 from cortex_core.eval.reach import recall
-from cortex_core.eval.suite import TEXT_ROW_SEGMENTS, Suite
+from cortex_core.eval.suite import TEXT_ROW_SEGMENTS, Suite, _clock
 from pipelines.report import Evaluation
 from tests import tiny
 from tests.tiny import SEGMENT
@@ -121,6 +122,13 @@ def test_the_document_is_what_the_report_reads(alone: dict[str, Any]) -> None:
     assert read.throughput is not None and read.throughput.tokens_per_s_on and read.throughput.tokens_per_s_off
     assert read.drift is not None and read.drift.n_tokens == ASKED.perplexity_tokens
     assert read.drift.ratio != 1.0
+
+
+def test_time_on_a_gpu_is_that_of_finished_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    gpu = torch.device("cuda", 0)
+    assert _clock(torch.device("cpu")) <= _clock(gpu) and waited == [gpu]
 
 
 def test_an_untrained_memory_does_not_drift() -> None:
