@@ -36,7 +36,7 @@ def generate(
     for name, only in _REFUSED.items():
         if options.get(name, only) != only:
             raise ConfigError(f"generate: {name} = {options[name]!r} cannot work with a memory; leave it at {only!r}")
-    remaining = _budget(model, input_ids, options)
+    remaining, fewest = _budget(model, input_ids, options), _fewest(model, input_ids, options)
     settings = model.backbone.generation_config
     eos = options.get("eos_token_id", settings.eos_token_id)
     stops = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -51,7 +51,8 @@ def generate(
     while remaining > 0 and bool(going.any()):
         room = model.segment_tokens - int(session.open_rows.lengths[going].max())
         count = min(remaining, room + 1)
-        new = _within_segment(model, session, going, count, options)
+        lengths = {"max_new_tokens": count, "min_new_tokens": min(count, max(0, fewest - made.shape[1]))}
+        new = _within_segment(model, session, going, options | lengths)
         padded = torch.full((session.batch_size, new.shape[1]), pad, dtype=torch.long, device=new.device)
         padded[going] = new
         real = going[:, None] & ~_after_stop(padded, stops)
@@ -71,8 +72,8 @@ def _append(model: Cortex, session: Session, new: Rows) -> None:
         advance(model, session, new, keep=torch.zeros_like(new.lengths))
 
 
-def _within_segment(model: Cortex, session: Session, going: Tensor, count: int, options: dict[str, Any]) -> Tensor:
-    """Up to `count` new tokens for the rows that go on, from their open segments."""
+def _within_segment(model: Cortex, session: Session, going: Tensor, options: dict[str, Any]) -> Tensor:
+    """New tokens for the rows that go on, from their open segments."""
     rows = Rows(*(part[going] for part in session.open_rows))
     width = int(rows.lengths.max())
     index = torch.arange(width, device=going.device) - (width - rows.lengths)[:, None]
@@ -85,22 +86,29 @@ def _within_segment(model: Cortex, session: Session, going: Tensor, count: int, 
         chunk_size=model.fast_weights.chunk_size,
     )  # fmt: skip
     with attention_pass(memory):
-        out = model.backbone.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask.long(), **{**options, "max_new_tokens": count}
-        )
+        out = model.backbone.generate(input_ids=ids, attention_mask=mask.long(), **options)  # type: ignore[operator]
     return out[:, width:]
 
 
 def _budget(model: Cortex, input_ids: Tensor, options: dict[str, Any]) -> int:
-    """Pops the length options and returns how many tokens may be made."""
-    new, total = options.pop("max_new_tokens", None), options.pop("max_length", None)
+    """Pops the options of the greatest length and returns how many tokens may be made."""
+    new, total, given = options.pop("max_new_tokens", None), options.pop("max_length", None), input_ids.shape[1]
     if new is None and total is not None:
-        new = total - input_ids.shape[1]
+        if total <= given:
+            raise ConfigError(f"generate: max_length = {total}: ask for more than the {given} tokens of the input")
+        return total - given
     if new is None:
         new = model.backbone.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
     if new < 1:
         raise ConfigError(f"generate: max_new_tokens = {new}: ask for at least 1")
     return new
+
+
+def _fewest(model: Cortex, input_ids: Tensor, options: dict[str, Any]) -> int:
+    """Pops the options of the least length and returns how many tokens are made before a row may end."""
+    settings = model.backbone.generation_config
+    new, total = options.pop("min_new_tokens", settings.min_new_tokens), options.pop("min_length", settings.min_length)
+    return (total or 0) - input_ids.shape[1] if new is None else new
 
 
 def _is_stop(tokens: Tensor, stops: set[int]) -> Tensor:

@@ -86,6 +86,30 @@ def test_segment_boundary_lengths() -> None:
         assert torch.equal(model(input_ids=out).logits.argmax(-1)[:, length - 1 : -1], out[:, length:])
 
 
+@pytest.mark.parametrize("fewest", [5, 20])
+@torch.no_grad()
+def test_the_least_length_counts_over_all_segments(fewest: int) -> None:
+    """The end-of-sequence token is the first choice at the start of the second segment, 13 tokens on."""
+    model, ids = with_memory(), random_ids(1, 20)
+    stop = int(model.generate(input_ids=ids, max_new_tokens=14, **GREEDY)[0, -1])
+    expected = ids
+    while expected.shape[1] < 60:
+        logits = model(input_ids=expected).logits[:, -1]
+        if expected.shape[1] < 20 + fewest:
+            logits[:, stop] = -torch.inf
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+        if int(expected[0, -1]) == stop:
+            break
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": stop}
+    assert torch.equal(model.generate(input_ids=ids, min_new_tokens=fewest, **options), expected)
+    assert torch.equal(model.generate(input_ids=ids, min_length=20 + fewest, **options), expected)
+
+
+def test_a_length_that_leaves_nothing_to_make_is_named() -> None:
+    with pytest.raises(ConfigError, match="max_length = 50: ask for more than the 100 tokens"):
+        with_memory().generate(input_ids=random_ids(1, 100), max_length=50)
+
+
 @pytest.mark.parametrize(("option", "value"), [("num_beams", 2), ("num_return_sequences", 2), ("max_new_tokens", 0)])
 def test_options_that_cannot_work_are_refused(option: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{option} = {value}"):
