@@ -74,7 +74,7 @@ def restore(sidecars: nn.Module, saved: SavedSidecars, backbone: str) -> None:
     if backbone != saved.backbone:
         raise IncompatibleError(
             f"sidecars {saved.folder}: were trained on another backbone ({saved.backbone}, this one is {backbone}); "
-            "load the backbone that the training run names"
+            "load the backbone that the training run names, in its dtype (float16 has a fingerprint of its own)"
         )
     expected = {name: tuple(value.shape) for name, value in sidecars.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in saved.weights.items()}

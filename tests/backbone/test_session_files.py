@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cortex_core.backbone.fingerprint import fingerprint
+from cortex_core.backbone.load import load_backbone
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.session import SCHEMA
+from cortex_core.config import BackboneConfig
 from cortex_core.errors import DataError, IncompatibleError
 from tests.backbone.families import SEGMENT, VOCAB, bare, open_gates, random_ids, small_memory, with_memory
 
@@ -139,6 +142,17 @@ def test_sidecars_come_back_bit_for_bit(model: Cortex, tmp_path: Path) -> None:
     assert again.identity() == model.identity()
     ids = random_ids(1, 90)
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_backbone_keeps_its_fingerprint_in_bfloat16() -> None:
+    same = [fingerprint(load_backbone(BackboneConfig(dtype=dtype))) for dtype in ("float32", "bfloat16")]
+    assert same == ["a146b2c9a4d6e230"] * 2
+
+
+def test_sidecars_of_a_backbone_in_float16_say_so() -> None:
+    settings = {"sidecars": "builtin:stdlib-1m/sidecars", "dtype": "float16"}
+    with pytest.raises(IncompatibleError, match=r"in its dtype \(float16"):
+        Cortex.from_pretrained("builtin:stdlib-1m", **settings)
 
 
 @torch.no_grad()
