@@ -33,9 +33,10 @@ class CortexOutput:
     """Result of a call."""
 
     logits: Float[Tensor, "batch tokens vocab"] | None
-    """For each new token (or the last `logits_to_keep`), what comes next. At padding: 0. None after `read`."""
+    """For each new token (or the last `logits_to_keep`), what comes next. At padding: no meaning. None after `read`."""
     metrics: dict[str, float]
-    """`memory/write_frac`, `memory/surprise`, `memory/state_norm`: means over the new tokens and layers."""
+    """`memory/write_frac`, `memory/surprise`: means over layers and the tokens of the last backbone call, the open
+    segment's earlier tokens among them; `memory/state_norm`: after it, mean over layers. Empty with the memory off."""
 
 
 class Cortex(nn.Module):
@@ -199,7 +200,8 @@ class Cortex(nn.Module):
         """As `generate` of Hugging Face models, with a memory: input and output may be longer than the window.
 
         Returns input and new tokens [batch, tokens + new]. Raises ConfigError for options that cannot work with a
-        memory (several beams or sequences, assisted decoding).
+        memory (several beams or sequences, assisted decoding). What looks back over the text (`repetition_penalty`,
+        `no_repeat_ngram_size`) sees the open segment only: tokens of closed segments are no longer there.
         """
         if not self._memory_on:
             return self.backbone.generate(input_ids=input_ids, **options)  # type: ignore[operator]
@@ -260,9 +262,11 @@ def _window(backbone: PreTrainedModel) -> int:
 
 
 def _check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, backbone: PreTrainedModel) -> None:
+    """A head's memory is of low rank: no wider than the head. Segments fit the window, chunks tile segments."""
     if config.rank > head_dim:
         raise ConfigError(
-            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most {head_dim}"
+            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most "
+            f"{head_dim}, a memory is no wider than its head"
         )
     if segment_tokens > _window(backbone):
         raise ConfigError(

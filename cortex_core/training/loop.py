@@ -94,7 +94,7 @@ class Learner:
 
     @torch.no_grad()
     def _average(self) -> None:
-        # Bias-corrected at the start: the average of n steps until n exceeds the horizon.
+        # At the start, step n counts 9 / (10 + n), so that the first weights are soon forgotten.
         decay = min(self.training.ema_decay, (1 + self.step_number) / (10 + self.step_number))
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter, 1.0 - decay if self.training.ema_decay else 1.0)
