@@ -32,7 +32,7 @@ class _Probe:
     def before(self, module: nn.Module, hidden: Tensor) -> None:
         self.hidden[module] = hidden.shape[-1]
 
-    def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
+    def after(self, module: nn.Module, q: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         shape = LayerShape(self.hidden.get(module, 0), q.shape[1], q.shape[-1], attended.shape[-1])
         self.ports.append(Port(module, shape))
         return attended

@@ -1,7 +1,7 @@
 """The one place where memory meets attention: a function in transformers' `AttentionInterface`.
 
-It calls the attention that the model would have used, then hands queries, keys, values and result to whatever pass is
-active in this context. No forward is patched and no weight is touched, so sharded weights need no extra gather.
+It calls the attention that the model would have used, then hands queries, values and result to whatever pass is active
+in this context. No forward is patched and no weight is touched, so sharded weights need no extra gather.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class AttentionPass(Protocol):
     def before(self, module: nn.Module, hidden: Tensor) -> None:
         """The attention module is about to run on `hidden` [rows, tokens, hidden]."""
 
-    def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
-        """It ran. q [rows, heads, tokens, d], k and v [rows, kv_heads, cached + tokens, d]; the result and what is
-        returned [rows, tokens, heads, d]."""
+    def after(self, module: nn.Module, q: Tensor, v: Tensor, attended: Tensor) -> Tensor:
+        """It ran. q [rows, heads, tokens, d], v [rows, kv_heads, cached + tokens, d]; the result and what is returned
+        [rows, tokens, heads, d]."""
         ...
 
 
@@ -88,7 +88,7 @@ def _wrap(name: str):  # noqa: ANN202
         attended, weights = wrapped(module, q, k, v, mask, **kwargs)
         observer = _active.get()
         if observer is not None:
-            attended = observer.after(module, q, k, v, attended)
+            attended = observer.after(module, q, v, attended)
         return attended, weights
 
     return attend

@@ -37,7 +37,7 @@ class MemoryPass:
         if module in self.sidecars:
             self._inputs[module] = hidden
 
-    def after(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> Tensor:
+    def after(self, module: nn.Module, q: Tensor, v: Tensor, attended: Tensor) -> Tensor:
         if module not in self.sidecars:
             return attended
         layer, sidecar = self.sidecars[module]

@@ -131,12 +131,6 @@ class TextTask(ABC):
     def _prefix(self) -> IntArray:
         return np.array(self.vocabulary.prefix, dtype=np.int64)
 
-    def _room(self, sheet: Sheet, total_tokens: int) -> int:
-        needed = len(self._prefix()) + _length(sheet.facts) + _length(sheet.queries)
-        if needed > total_tokens:
-            raise ConfigError(self._too_short(total_tokens, needed))
-        return total_tokens - needed
-
     def _too_short(self, got: int, needed: int) -> str:
         return (
             f"total_tokens = {got} is too short for {self.name}, whose facts and questions take {needed}: "
