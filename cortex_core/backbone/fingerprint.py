@@ -19,8 +19,8 @@ def fingerprint(
     """16 hex digits from the name, shape and first 64 values of every parameter.
 
     Values count in bfloat16, so that a backbone has the same fingerprint in float32 and in bfloat16. In float16 it may
-    have another one: rounded twice, values can differ. `gathered(parameter)` makes a sharded parameter whole while it is
-    read; every rank must then call this together.
+    have another one: rounded twice, values can differ. `gathered(parameter)` makes a sharded parameter whole while it
+    is read; every rank must then call this together.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
