@@ -16,3 +16,7 @@ class DataError(ValueError):
 
 class IncompatibleError(ValueError):
     """Two things that should fit do not: a backbone that cannot be attached, a session of another model."""
+
+
+USER_ERRORS = (ConfigError, DataError, IncompatibleError)
+"""All three, for `except`."""

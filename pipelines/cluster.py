@@ -44,7 +44,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    variables = environment(cluster)
+    variables = environment(cluster, address)
     if address is None:
         _check_this_machine(cluster)
     else:
@@ -61,8 +61,9 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
             _on_sigterm(before)
 
 
-def environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Variables for driver, controller and workers. What the shell or the submitted job has set stays."""
+def environment(cluster: ClusterConfig, address: str | None) -> dict[str, str]:
+    """Variables for driver, controller and workers, on the cluster at `address` (None: a Ray started here). What the
+    shell or the submitted job has set stays."""
     threads = str(cluster.worker_threads)
     wanted = {
         # A worker's report is taken up when the controller looks next, by default every 2 s.
@@ -77,7 +78,7 @@ def environment(cluster: ClusterConfig) -> dict[str, str]:
     }
     if not cluster.use_gpu:
         wanted["DS_ACCELERATOR"] = "cpu"
-    if cluster.address is None:
+    if address is None:
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine goes away
     return {name: value for name, value in wanted.items() if name not in os.environ}
 

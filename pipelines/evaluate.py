@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines import cluster
-from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.config import SIDECARS_FOLDER, RunConfig, located
 from pipelines.launch import launch
 from pipelines.progress import Progress
 from pipelines.report import print_summary, write_report
@@ -20,7 +20,7 @@ from pipelines.worker import EVALUATION
 
 def run(config: RunConfig, run_dir: Path) -> int:
     """Evaluate `run_dir`/sidecars and write the report into `run_dir`/evaluation. Returns the exit code."""
-    console, out = Console(), run_dir / "evaluation"
+    config, console, out = located(config), Console(), run_dir / "evaluation"
     with Progress(console, total=1) as progress:
         progress.phase("starting the cluster")
         with cluster.connect(config.cluster):

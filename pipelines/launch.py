@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,12 @@ import ray.train
 from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
+from cortex_core.errors import DataError
+from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, worker
 from pipelines.config import RunConfig
-from pipelines.progress import run_to_end
-from pipelines.runs import Run
+from pipelines.progress import Refusals, run_to_end
+from pipelines.runs import LAST, Run
 
 Job = Literal["train", "evaluate"]
 KEPT_CHECKPOINTS = 2
@@ -28,7 +31,11 @@ def launch(
 
     Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on Ctrl-C.
     """
-    settings = {"job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None}
+    newest = run.newest_checkpoint()
+    settings = {
+        "job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None,
+        "newest_here": str(newest) if newest else None,
+    }  # fmt: skip
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
     trainer = TorchTrainer(
@@ -40,8 +47,7 @@ def launch(
             storage_path=config.cluster.storage_path or str(run.checkpoints),
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            callbacks=list(callbacks),
-            worker_runtime_env={"env_vars": cluster.environment(config.cluster)},
+            callbacks=[Refusals(), *callbacks],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -68,19 +74,32 @@ def on_worker(settings: dict[str, Any]) -> None:
         checkpoint = None if folder is None else Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 
-    with tempfile.TemporaryDirectory(prefix="cortex-resume-") as scratch:
+    newest_here = Path(settings["newest_here"]) if settings["newest_here"] else None
+    _do(
+        settings,
+        worker.Edge(context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(newest_here)),
+    )
 
-        def resume_from() -> Path | None:
-            checkpoint = ray.train.get_checkpoint()
-            return None if checkpoint is None else Path(checkpoint.to_directory(scratch))
 
-        _do(settings, worker.Edge(context.get_world_rank(), context.get_world_size(), report, resume_from))
+@contextmanager
+def _last_checkpoint(newest_here: Path | None) -> Iterator[Path | None]:
+    """Ray's own last checkpoint, or one further on that another way of running the same attempt has left."""
+    checkpoint = ray.train.get_checkpoint()
+    with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
+        known = None if folder is None else Path(folder)
+        if newest_here is None:
+            yield known
+            return
+        if not newest_here.is_dir():
+            raise DataError(f"checkpoint {newest_here}: is not seen from {socket.gethostname()}; use a shared out_dir")
+        further = known is None or (step_of(newest_here) or 0) > (step_of(known) or 0)
+        yield newest_here if further else known
 
 
 def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[UserCallback]) -> Path:
     """The same worker without Ray: one process, checkpoints straight into the run's folder."""
     root = run.checkpoints / run.storage_name
-    last = root / "last"
+    last = root / LAST
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
@@ -91,7 +110,7 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Use
         for callback in callbacks:
             callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
 
-    _do(settings, worker.Edge(0, 1, report, lambda: last if last.is_dir() else None))
+    _do(settings, worker.Edge(0, 1, report, lambda: nullcontext(run.newest_checkpoint())))
     return last
 
 

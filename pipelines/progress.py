@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import Checkpoint, Result, UserCallback
+from ray.train import Checkpoint, ControllerError, Result, UserCallback
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from cortex_core.errors import USER_ERRORS
 from pipelines.actors import ask, on_head, send
 
 if TYPE_CHECKING:
@@ -65,17 +66,28 @@ class ProgressCallback(UserCallback):
             send(self._mailbox.post, item)
 
 
+class Refusals(UserCallback):
+    """Ends a run whose workers raise a user error: it would be the same the next time."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises that error, which Ray Train's controller does not forgive, and `run_to_end` hands on."""
+        for error in worker_exceptions.values():
+            raised = getattr(error, "_base_exc", error)
+            if isinstance(raised, USER_ERRORS):
+                raise raised
+
+
 class Progress:
     """Shows phases, then step, loss, accuracy, tokens per second and the time left.
 
-    Reports may hold `phase` (an index into PHASES), `step`, `evaluated_frac` and metrics. They come through
-    `callback()`, polled by a thread, with Ray or without.
+    Reports may hold `phase` (an index into PHASES), `step`, `done_frac` (share of the training's work, for steps differ
+    in length), `evaluated_frac` and metrics. They come through `callback()`, polled by a thread, with Ray or without.
     """
 
     def __init__(self, console: Console | None = None, *, total: int) -> None:
         self._console, self._total = console or Console(), total
         self._phase, self._numbers = "", ""
-        self._first: tuple[int, float] | None = None  # first step of this run's own, and when
+        self._first: tuple[float, float] | None = None  # share of the work done at the first report, and when
         self._phase_began = self._said = self._news = time.monotonic()
         self._mailbox: Any = None
         self._seen = 0
@@ -162,15 +174,15 @@ class Progress:
             self._say(phase)
 
     def _step(self, step: int, report: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        self._first = self._first or (step, now)
+        now, share = time.monotonic(), float(report.get("done_frac", step / self._total))
+        self._first = self._first or (share, now)
         parts = [f"step {step}/{self._total}"]
         for name, text in SHOWN.items():
             if name in report:
                 parts.append(text(float(report[name])))
-        done, elapsed = step - self._first[0], now - self._first[1]
+        done, elapsed = share - self._first[0], now - self._first[1]
         if done > 0 and step < self._total:
-            parts.append(f"{_duration(elapsed / done * (self._total - step))} left")
+            parts.append(f"{_duration(elapsed / done * (1 - share))} left")
         self._draw(step, self._total, "  ".join(parts))
 
     def _draw(self, completed: float, total: float, numbers: str) -> None:
@@ -188,8 +200,8 @@ def run_to_end(trainer: TorchTrainer) -> Result:
     """`trainer.fit()`, which Ctrl-C ends cleanly: workers stopped, then KeyboardInterrupt. A second Ctrl-C
     forces.
 
-    Fitting a trainer of the same name and storage path resumes from its last checkpoint. Raises what `fit`
-    raises.
+    Fitting a trainer of the same name and storage path resumes from its last checkpoint. Raises what `fit` raises, but
+    a user error of a worker as itself.
     """
     controllers: list[Any] = []
     # Ray's own handler stays installed after the run and ends the process as if all were well. This is where
@@ -197,6 +209,10 @@ def run_to_end(trainer: TorchTrainer) -> Result:
     trainer._register_sigint_handler = controllers.append  # type: ignore[method-assign]
     try:
         return trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, USER_ERRORS):
+            raise error.controller_failure from None
+        raise
     except KeyboardInterrupt:
         for controller in controllers:
             _abort(controller)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from cortex_core.errors import ConfigError, DataError
-from pipelines.config import CONFIG_FILE, RunConfig, dump_toml, load_config
+from cortex_core.training import checkpoint
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, dump_toml, load_config
 
-STATE_FILE = "run.json"
-State = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+STATE_FILE, LOCK_FILE = "run.json", ".lock"
+LAST = "last"
+"""Folder of the last checkpoint of a run without Ray, in the attempt's folder."""
+RAY_RECORD = "checkpoint_manager_snapshot.json"
+State = Literal["RUNNING", "FINISHED", "KILLED"]
 FREE = frozenset({"cluster", "sharding", "tracking", "evaluation", "out_dir"})
-"""Sections that may change between the parts of one run: they do not decide what is learned."""
+"""Sections that may change between the parts of one run: they do not decide what is learned. Except where it is kept:
+`cluster.storage_path`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,27 @@ class Run:
         """Where checkpoints of this machine's runs are kept."""
         return self.folder / "checkpoints"
 
+    @property
+    def config_file(self) -> Path:
+        """The attempt's configuration. That of what the folder publishes is `CONFIG_FILE` in the folder itself."""
+        return self.checkpoints / f"{self.storage_name}.toml"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The attempt's last whole checkpoint on this machine, whoever wrote it: Ray's workers or this process.
+
+        Of Ray's only those that its controller has on record: what it has not seen is not in MLflow either.
+        """
+        storage = self.checkpoints / self.storage_name
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            on_record = json.loads((storage / RAY_RECORD).read_text())["checkpoint_results"]
+            ours = [storage / each["checkpoint_dir_name"] for each in on_record]
+            return checkpoint.newest([storage / LAST, *ours])
+        return checkpoint.newest([storage / LAST])
+
+    def publish_config(self) -> None:
+        """What the folder holds was made with this attempt's configuration."""
+        shutil.copy(self.config_file, self.folder / CONFIG_FILE)
+
     def update(self, **changes: object) -> Run:
         """Record a change of state on disk."""
         changed = replace(self, **changes)
@@ -46,23 +75,42 @@ class Run:
         return changed
 
 
-def open_run(config: RunConfig) -> tuple[Run, bool]:
-    """The run to work on, and whether it goes on from an earlier part.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone. Raises ConfigError if another one holds it; its end releases it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another process is working on this run; wait for it, or choose another name="
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
-    A run that was interrupted or failed is resumed; one that is finished is done again from the start, its files
-    replaced at the end. Raises ConfigError if an unfinished run of this name has other settings.
+
+def open_run(config: RunConfig) -> tuple[Run, bool]:
+    """The run to work on, and whether it goes on from an earlier part. Call it while the folder is `locked`.
+
+    A run that was interrupted is resumed; one that is finished is done again from the start, and what it left stays
+    until the end. With other settings an unfinished run is done again only if it has no checkpoint yet that would be
+    lost; otherwise ConfigError is raised.
     """
     folder = config.run_dir
     before = _read(folder)
     resumed = before is not None and before.state != "FINISHED"
-    if resumed:
-        _check_same(load_config(folder / CONFIG_FILE), config, folder)
-    elif before is not None:
+    if before is not None and resumed:
+        resumed = not _differences(before, config)
+    if before is not None and not resumed:
         shutil.rmtree(before.checkpoints, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(dump_toml(config))
     attempt = 0 if before is None else before.attempt + (not resumed)
     run = Run(folder, attempt, "RUNNING", before.mlflow_run_id if before is not None and resumed else None)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.config_file.write_text(dump_toml(config))
+    if not (folder / SIDECARS_FOLDER).exists():
+        run.publish_config()
     return run.update(), resumed
 
 
@@ -79,16 +127,23 @@ def _read(folder: Path) -> Run | None:
         raise DataError(f"{file}: is damaged ({error}); remove {folder}, or choose another name=") from error
 
 
-def _check_same(before: RunConfig, now: RunConfig, folder: Path) -> None:
-    old, new = before.model_dump(), now.model_dump()
-    for section in old.keys() - FREE:
-        if old[section] != new[section]:
-            names = (
-                [f"{section}.{key}" for key in old[section] if old[section][key] != new[section][key]]
-                if isinstance(old[section], dict)
-                else [section]
-            )
-            raise ConfigError(
-                f"{', '.join(names)} differs from the unfinished run in {folder}: resume it with its own settings, "
-                f"choose another name=, or remove the folder"
-            )
+def _differences(before: Run, now: RunConfig) -> list[str]:
+    """Settings that decide what is learned and differ. Raises ConfigError if there are any and something would be lost.
+
+    Shared storage is Ray's: what lies there is known only once it runs.
+    """
+    then = load_config(before.config_file)
+    old, new = then.model_dump(), now.model_dump()
+    old["cluster"], new["cluster"] = ({"storage_path": c.cluster.storage_path} for c in (then, now))
+    differing: list[str] = []
+    for section in old.keys() - (FREE - {"cluster"}):
+        if isinstance(old[section], dict):
+            differing += [f"{section}.{key}" for key, value in old[section].items() if value != new[section][key]]
+        elif old[section] != new[section]:
+            differing.append(section)
+    if differing and (then.cluster.storage_path is not None or before.newest_checkpoint() is not None):
+        raise ConfigError(
+            f"{', '.join(differing)} differs from the unfinished run in {before.folder}: resume it with its own "
+            "settings, choose another name=, or remove the folder"
+        )
+    return differing

@@ -31,7 +31,7 @@ ARTIFACTS = "mlartifacts"
 """Folder beside a local database. A server decides for itself where artifacts go."""
 UNSENT_FILE, UNSENT_BY_DRIVER_FILE = "unsent_metrics.jsonl", "unsent_metrics_of_driver.jsonl"
 DIFF_FILE = "source.diff"
-POSITION = ("step", "phase", "evaluated_frac")
+POSITION = ("step", "phase", "done_frac", "evaluated_frac")
 """What a report says about where the run is; the rest are metrics."""
 CURVES = ("loss", "accuracy", "throughput/tokens_per_s")
 SYSTEM_METRICS_INTERVAL_S = 10

@@ -15,12 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
+from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, tracking
-from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.config import SIDECARS_FOLDER, RunConfig, located
 from pipelines.launch import launch
 from pipelines.progress import Progress
 from pipelines.report import print_summary, write_report
-from pipelines.runs import open_run
+from pipelines.runs import Run, locked, open_run
 from pipelines.tracking import TrackedRun
 from pipelines.worker import EVALUATION
 
@@ -29,10 +30,16 @@ REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed
 
 def run(config: RunConfig) -> int:
     """Train, evaluate and report; resumes a run of this name that did not finish. Returns the exit code."""
+    config = located(config)
+    with locked(config.run_dir):
+        return _run(config, *open_run(config))
+
+
+def _run(config: RunConfig, record: Run, resumed: bool) -> int:
     console = Console()
-    record, resumed = open_run(config)
-    doing = "Resuming" if resumed else "Starting"
-    console.print(f"{doing} [bold]{config.name}[/] in {config.run_dir}", soft_wrap=True, highlight=False)
+    doing, newest = "Resuming" if resumed else "Starting", record.newest_checkpoint()
+    since = f", from step {step_of(newest)}" if newest else ""
+    console.print(f"{doing} [bold]{config.name}[/] in {config.run_dir}{since}", soft_wrap=True, highlight=False)
     with Progress(console, total=config.training.steps) as progress:
         progress.phase("opening MLflow")
         with tracking.start(config, run_id=record.mlflow_run_id) as tracked:
@@ -42,6 +49,7 @@ def run(config: RunConfig) -> int:
                 finished = launch("train", config, record, callbacks=[tracked.callback(), progress.callback()])
             progress.phase("writing the report")
             document = publish(config, finished, tracked)
+            record.publish_config()
     record.update(state="FINISHED")
     print_summary(document, console)
     print_where(config, tracked, console)

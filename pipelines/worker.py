@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class Edge:
     world_size: int
     report: Callable[[dict[str, float], Path | None], None]
     """(metrics, folder of a checkpoint on rank 0 or None). Every worker calls it equally often."""
-    resume_from: Callable[[], Path | None]
-    """Local folder of the last checkpoint, if there is one."""
+    resume_from: Callable[[], AbstractContextManager[Path | None]]
+    """Opens the last checkpoint, if there is one, as a local folder."""
 
 
 def train(config: RunConfig, edge: Edge) -> None:
@@ -54,8 +55,9 @@ def train(config: RunConfig, edge: Edge) -> None:
     objective = replicate(ReadingLoss(model, config.training))
     learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
     backbone = fingerprint(model.backbone, shards.gathered)
-    if (folder := edge.resume_from()) is not None:
-        checkpoint.load(folder, learner)
+    with edge.resume_from() as folder:
+        if folder is not None:
+            checkpoint.load(folder, learner)
     _train_steps(config, edge, learner, _batches(config, vocabulary, corpus), backbone)
     with learner.averaged():
         document = _suite(config, edge, vocabulary, corpus).run(model)
@@ -91,15 +93,17 @@ def build(config: RunConfig) -> tuple[Cortex, Shards]:
 
 def _train_steps(config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str) -> None:
     training, window = config.training, _Window()
+    tokens = [batches.tokens(step) for step in range(training.steps)]
     while learner.step_number < training.steps:
         step = learner.step_number
-        window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), batches.tokens(step))
+        window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), tokens[step])
         done = learner.step_number
         due = done % training.checkpoint_every_steps == 0 or done == training.steps
         if due or done % training.report_every_steps == 0:
             with tempfile.TemporaryDirectory() as scratch:
                 saved = _save(Path(scratch), learner, config, backbone) if due and edge.rank == 0 else None
-                edge.report({"phase": 1.0, "step": done, **window.means()}, saved)
+                done_frac = sum(tokens[:done]) / sum(tokens)
+                edge.report({"phase": 1.0, "step": done, "done_frac": done_frac, **window.means()}, saved)
 
 
 class _Window:

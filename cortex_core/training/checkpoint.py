@@ -6,10 +6,11 @@ It does not know how many workers wrote it: data and gradients depend on the ste
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cortex_core.errors import DataError
@@ -26,6 +27,21 @@ def save(folder: Path, learner: Learner) -> None:
     tensors["random_state"] = torch.get_rng_state()
     save_file(tensors, folder / TENSORS)
     (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters}))
+
+
+def step_of(folder: Path) -> int | None:
+    """Steps done when it was saved; None for a folder that holds no whole checkpoint."""
+    try:
+        with safe_open(folder / TENSORS, framework="pt"):  # checks that the file is as long as its header says
+            return int(json.loads((folder / COUNTERS).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+
+
+def newest(folders: Iterable[Path]) -> Path | None:
+    """Of some checkpoints, the whole one with the most steps."""
+    found = [(step, folder) for folder in folders if (step := step_of(folder)) is not None]
+    return max(found)[1] if found else None
 
 
 def load(folder: Path, learner: Learner) -> None:

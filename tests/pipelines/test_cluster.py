@@ -93,16 +93,16 @@ def test_an_address_where_nobody_answers_is_one_line_at_once(monkeypatch: pytest
 def test_what_the_shell_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    variables = cluster.environment(ClusterConfig(worker_threads=3, worker_start_timeout_s=5))
+    variables = cluster.environment(ClusterConfig(worker_threads=3, worker_start_timeout_s=5), None)
     assert "OMP_NUM_THREADS" not in variables and variables["MKL_NUM_THREADS"] == "3"
     assert variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "5.0"
 
 
 def test_accelerators_and_preemption_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR")
-    assert cluster.environment(ClusterConfig())["DS_ACCELERATOR"] == "cpu"
-    assert "DS_ACCELERATOR" not in cluster.environment(ClusterConfig(use_gpu=True))
-    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in cluster.environment(ClusterConfig(address="auto"))
+    assert cluster.environment(ClusterConfig(), None)["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in cluster.environment(ClusterConfig(use_gpu=True), None)
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in cluster.environment(ClusterConfig(), "auto")
 
 
 def test_what_ray_train_is_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,10 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, DataError
 from pipelines import train
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, dump_toml, load_config
-from pipelines.runs import STATE_FILE
+from pipelines.runs import LOCK_FILE, STATE_FILE
 from tests import tiny
 
 # mlflow, of pandas, while it logs a table.
@@ -108,7 +109,7 @@ def test_a_finished_run_leaves_its_results_in_its_folder(finished: RunConfig) ->
     folder = finished.run_dir
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        CONFIG_FILE, STATE_FILE, SIDECARS_FOLDER, "checkpoints", "report.html", "reach.png", "usage.png", "training.png",
+        CONFIG_FILE, STATE_FILE, LOCK_FILE, SIDECARS_FOLDER, "checkpoints", "report.html", "reach.png", "usage.png", "training.png",
         "evaluation.json", "evaluation.parquet", "evaluation.csv",
     }  # fmt: skip
     assert state(finished)["state"] == "FINISHED"
@@ -167,9 +168,9 @@ def test_what_is_said_on_the_way(fresh: RunConfig, capsys: pytest.CaptureFixture
     assert any("key_value, gap 70" in line for line in said)
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(("step", "since"), [(1, ""), (4, ", from step 2")])
 def test_an_interrupted_run_is_resumed_and_is_the_same_run(
-    finished: RunConfig, fresh: RunConfig, capsys: pytest.CaptureFixture[str], step: int
+    finished: RunConfig, fresh: RunConfig, capsys: pytest.CaptureFixture[str], step: int, since: str
 ) -> None:
     with interrupted_in(step):
         train.run(fresh)
@@ -179,7 +180,7 @@ def test_an_interrupted_run_is_resumed_and_is_the_same_run(
     assert not (fresh.run_dir / SIDECARS_FOLDER).exists() and not (fresh.run_dir / "report.html").exists()
     capsys.readouterr()
     assert train.run(fresh) == 0
-    assert capsys.readouterr().out.startswith(f"Resuming tiny in {fresh.run_dir}\n")
+    assert capsys.readouterr().out.startswith(f"Resuming tiny in {fresh.run_dir}{since}\n")
     assert tiny.same(sidecars(fresh), sidecars(finished))
     logged_once(fresh)
     assert state(fresh)["state"] == "FINISHED" and state(fresh)["attempt"] == 0
@@ -229,8 +230,6 @@ def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
 LONG = 12
 TWO = {
     "cluster__num_workers": 2, "cluster__cpus_per_worker": 0.5, "sharding__stage": 3, "training__steps": LONG,
-    # KL is a mean over positions, and shares of a batch differ in how many of them are answers: without its gradient.
-    "training__kl_weight": 0.0,
 }  # fmt: skip
 
 
@@ -340,10 +339,29 @@ def test_a_worker_that_is_killed_is_replaced(
 
 
 @pytest.mark.slow
+def test_what_a_user_gave_wrong_ends_the_run_at_once(two: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the error that it is, found by the workers, who are not started again for it; then it may be corrected."""
+    text = two.run_dir.parent / "empty"
+    text.mkdir()
+    (text / "a.txt").touch()
+    empty = two.data.model_copy(update={"path": str(text)})
+    with pytest.raises(DataError) as error:
+        train.run(two.model_copy(update={"data": empty}))
+    assert "\n" not in str(error.value)
+    assert "starting the workers again" not in capsys.readouterr().out
+    (run,) = in_mlflow(two)
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line(
-    tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig, reference: dict[str, Tensor]
+    tmp_path: Path,
+    mlflow_database: Callable[[Path], None],
+    ray_here: ClusterConfig,
+    reference: dict[str, Tensor],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A Ray cluster of the command's own, and nothing of it is left; the second start is in this process."""
+    """A Ray cluster of the command's own, and nothing of it is left; the second start is in this process, without Ray."""
     mlflow_database(tmp_path)
     config = tiny.run_config(tmp_path, **TWO | {"cluster__num_workers": 1, "sharding__stage": 0})
     (tmp_path / "mine.toml").write_text(dump_toml(config))
@@ -366,6 +384,9 @@ def test_ctrl_c_on_the_command_line(
     assert len(children) > 3 and psutil.wait_procs(children, timeout=30)[1] == []
     (run,) = in_mlflow(config)
     assert run.info.status == "KILLED" and state(config)["state"] == "KILLED"
-    assert train.run(config) == 0
+    capsys.readouterr()
+    assert train.run(tiny.run_config(tmp_path, **TWO | {"cluster__num_workers": 0, "sharding__stage": 0})) == 0
+    first = re.match(r"Resuming tiny in .*, from step (\d+)\n", capsys.readouterr().out)
+    assert first is not None and 0 < int(first[1]) < LONG
     assert tiny.furthest(sidecars(config), reference) < 1e-4
     logged_once(config, LONG)

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Keeper:
             self.saved.append((metrics["step"], sorted(path.name for path in folder.iterdir())))
 
     def edge(self) -> Edge:
-        return Edge(0, 1, self.report, lambda: self.last if self.last.is_dir() else None)
+        return Edge(0, 1, self.report, lambda: nullcontext(self.last if self.last.is_dir() else None))
 
     def sidecars(self) -> dict[str, Tensor]:
         return load_file(self.last / SIDECARS_FOLDER / WEIGHTS)
@@ -164,7 +165,7 @@ def test_a_saved_memory_is_evaluated_as_at_the_end_of_its_training(straight: Kee
             reported.extend(path.name for path in folder.iterdir())
         keeper.report(metrics | {"step": 0.0}, folder)
 
-    worker.evaluate(config(), Edge(0, 1, report, lambda: None), straight.last / SIDECARS_FOLDER)
+    worker.evaluate(config(), Edge(0, 1, report, nullcontext), straight.last / SIDECARS_FOLDER)
     assert reported == [EVALUATION]
     document, before = keeper.document(), straight.document()
     assert document.keys() == before.keys()

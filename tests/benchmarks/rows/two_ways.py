@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def bare_process(settings: dict[str, Any]) -> float:
     """In a process of its own: seconds of the timed steps, without Ray and with the whole backbone."""
     config = load_config(None, _flat(settings) | BARE)
     reports: list[Mapping[str, float]] = []
-    edge = worker.Edge(0, 1, lambda metrics, folder: reports.append(metrics), lambda: None)
+    edge = worker.Edge(0, 1, lambda metrics, folder: reports.append(metrics), nullcontext)
     worker.train(config, edge)
     return _timed_seconds(reports)
 
