@@ -6,6 +6,7 @@ its documentation: unit, range, effect. Cross-field rules are validators named a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,8 +15,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
-TaskName = Literal["key_value", "copy_reverse", "n_back", "long_addition", "corpus"]
+TaskName = Literal["key_value", "copy_reverse", "n_back", "long_addition"]
 FillerName = Literal["text", "random"]
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+"""Models that ship with the package, a folder each."""
+BUILTIN = "builtin:"
+"""What the name of a model that ships begins with."""
+CORPUS_SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""Files that text is read from."""
 
 
 class Settings(BaseModel):
@@ -97,7 +105,7 @@ class DataConfig(Settings):
     text_column: str = "text"
     """Field or column that holds the text in .jsonl and .parquet."""
     held_out_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the files (of the records, when there is one file) that training never sees."""
+    """Share of the files (of the records or blocks of lines, when there is one file) that training never sees."""
     max_bytes: Annotated[int, Field(ge=4096)] = 64_000_000
     """Upper bound on the text that is read, in bytes."""
 
@@ -121,7 +129,7 @@ class OptimizerConfig(Settings):
     """AdamW over the sidecars: one learning rate per kind of parameter, warm-up, then linear decay."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
-    """Peak rate of the key and query maps."""
+    """Peak rate of the addresses: the map of the layer's input, and its taps."""
     gate_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-2
     """Peak rate of the write gate and its controller."""
     output_learning_rate: Annotated[float, Field(gt=0.0)] = 6e-2

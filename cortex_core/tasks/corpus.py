@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,23 +14,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cortex_core.config import DataConfig
+from cortex_core.config import CORPUS_SUFFIXES, DataConfig
 from cortex_core.errors import DataError
 from cortex_core.tasks.vocabulary import IntArray, Split
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 )
 """Left out of the standard library: installed packages, tests, and the encodings, which are tables."""
+BLOCK_CHARACTERS = 4096
+"""Longest of the blocks that a lone .txt is cut into, so that some can be held out."""
 _BATCH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
     """One text."""
 
     unit: str
-    """What it is held out with: its file, or the record alone where there is one file."""
+    """What it is held out with: its file, or the record or block alone where there is one file."""
     text: str
 
 
@@ -104,7 +107,7 @@ def _split(config: DataConfig) -> dict[Split, list[str]]:
     if len(shares) < 2:
         raise DataError(
             f"corpus {_shown(config)} holds {len(shares)} documents with text, and some must be held "
-            "out: give at least 2 files, or 2 records in one .jsonl or .parquet file"
+            "out: give at least 2 files with text, or one file with 2 records or lines"
         )
     # Few documents may all fall on one side of the share: the nearest one then changes sides.
     bound = min(max(config.held_out_frac, min(shares.values()) + 1e-12), max(shares.values()))
@@ -115,21 +118,42 @@ def _split(config: DataConfig) -> dict[Split, list[str]]:
 
 
 def _sample(config: DataConfig) -> Iterator[Document]:
-    """Documents with text in hash order up to `max_bytes`; the last one is cut there."""
-    files = _files(config)
-    by_record = len(files) == 1
+    """Documents with text in hash order up to `max_bytes`; the last one is cut there.
+
+    A first unit that alone would use up all of it is cut to half: there must be a second one to hold out.
+    """
     left = config.max_bytes
+    for unit, texts in _units(config):
+        kept, size = _up_to(left, texts)
+        if size == config.max_bytes:
+            kept, size = _up_to(left // 2, kept)
+        yield from (Document(unit, text) for text in kept)
+        left -= size
+        if left <= 0:
+            return
+
+
+def _units(config: DataConfig) -> Iterator[tuple[str, Iterable[str]]]:
+    """Names and texts of what is held out together, in hash order of the files."""
+    files = _files(config)
     for path, name in sorted(files, key=lambda item: _hash(f"order of {item[1]}")):
-        for record, text in enumerate(_records(path, config.text_column)):
-            if not text.strip():
-                continue
-            raw = text.encode()
-            if len(raw) > left:
-                text = raw[:left].decode(errors="ignore")
-            yield Document(f"{name}:{record}" if by_record else name, text)
-            left -= len(raw)
-            if left <= 0:
-                return
+        texts = (text for text in _records(path, config.text_column, blocks=len(files) == 1) if text.strip())
+        if len(files) > 1:
+            yield name, texts
+        else:
+            yield from ((f"{name}:{number}", [text]) for number, text in enumerate(texts))
+
+
+def _up_to(limit: int, texts: Iterable[str]) -> tuple[list[str], int]:
+    """The first `limit` bytes of `texts`, and how many there are: `limit`, or fewer if that is all."""
+    kept, left = [], limit
+    for text in texts:
+        raw = text.encode()
+        kept.append(text if len(raw) <= left else raw[:left].decode(errors="ignore"))
+        left -= len(raw)
+        if left <= 0:
+            return kept, limit
+    return kept, limit - left
 
 
 def _files(config: DataConfig) -> list[tuple[Path, str]]:
@@ -140,19 +164,19 @@ def _files(config: DataConfig) -> list[tuple[Path, str]]:
     else:
         root = Path(config.path)
         if root.is_file():
-            if root.suffix not in SUFFIXES:
-                raise DataError(f"data.path = {config.path} is not one of {', '.join(SUFFIXES)}")
+            if root.suffix not in CORPUS_SUFFIXES:
+                raise DataError(f"data.path = {config.path} is not one of {', '.join(CORPUS_SUFFIXES)}")
             return [(root, root.name)]
         if not root.is_dir():
             raise DataError(f"data.path = {config.path} does not exist: name a file or a folder")
-        found = [path for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+        found = [path for path in root.rglob("*") if path.suffix in CORPUS_SUFFIXES and path.is_file()]
     if not found:
-        raise DataError(f"corpus {_shown(config)} holds no file of type {', '.join(SUFFIXES)}")
+        raise DataError(f"corpus {_shown(config)} holds no file of type {', '.join(CORPUS_SUFFIXES)}")
     return [(path, path.relative_to(root).as_posix()) for path in found]
 
 
-def _records(path: Path, column: str) -> Iterator[str]:
-    """Texts of one file, lazily. Raises DataError with the file and line that cannot be read."""
+def _records(path: Path, column: str, *, blocks: bool) -> Iterator[str]:
+    """Texts of one file, lazily; a .txt is one text, or `blocks` of it. Raises DataError with file and line."""
     try:
         match path.suffix:
             case ".jsonl":
@@ -161,11 +185,24 @@ def _records(path: Path, column: str) -> Iterator[str]:
                 yield from _parquet(path, column)
             case _:
                 # A user's file must be right; in a Python installation one odd file is no reason to stop.
-                yield path.read_text(encoding="utf-8", errors="replace" if path.suffix == ".py" else "strict")
+                text = path.read_text(encoding="utf-8", errors="replace" if path.suffix == ".py" else "strict")
+                yield from _blocks(text) if blocks else [text]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """The text in pieces of whole lines; a line that is too long is cut at a space."""
+    shortest, start = max(min(BLOCK_CHARACTERS // 2, len(text) // 10), 1), 0
+    while start < len(text):
+        end = start + shortest
+        if end < len(text):
+            line = text.find("\n", end - 1, start + BLOCK_CHARACTERS)
+            end = line + 1 or text.rfind(" ", start, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
@@ -179,6 +216,8 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
                 raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
                 raise DataError(f"{path} line {number} has no text in {column!r}: set data.text_column")
+            if _SURROGATE.search(record[column]):
+                raise DataError(f"{path} line {number} has half of a surrogate pair (\\ud800 to \\udfff): remove it")
             yield record[column]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
-from cortex_core.config import TaskName, TasksConfig
+from cortex_core.config import BackboneConfig, EvaluationConfig, TaskName, TasksConfig, TrainingConfig
 from cortex_core.errors import ConfigError
 from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
@@ -19,11 +20,13 @@ from cortex_core.tasks.long_addition import LongAddition
 from cortex_core.tasks.n_back import NBack
 from cortex_core.tasks.vocabulary import Split, TaskVocabulary
 
+SourceName = TaskName | Literal["corpus"]
+"""What a mixture is made of: tasks, and plain text."""
 _DRAW = 3  # keeps the draw of a task apart from the draws inside it
 
 
 def build_task(
-    name: TaskName,
+    name: SourceName,
     filler: str,
     vocabulary: TaskVocabulary,
     corpus: Corpus,
@@ -68,10 +71,14 @@ class Mixture:
         split: Split = "train",
         seed: int = 0,
     ) -> Mixture:
-        """Every task with every filler; tasks are equally likely, and so are the fillers of one task."""
+        """Every task with every filler; tasks are equally likely, and so are the fillers of one task.
+
+        `names` may hold "corpus" besides tasks: a user cannot ask for plain text, in-window batches hold some.
+        """
+        names: Sequence[SourceName] = config.names
         tasks: list[TextTask] = []
         weights: list[float] = []
-        for name in config.names:
+        for name in names:
             fillers = ("text",) if name == "corpus" else config.fillers
             for filler in fillers:
                 tasks.append(
@@ -86,7 +93,7 @@ class Mixture:
                         any_token_frac=config.any_token_frac,
                     )
                 )
-                weights.append(1 / len(config.names) / len(fillers))
+                weights.append(1 / len(names) / len(fillers))
         return cls(tuple(tasks), tuple(weights), split, seed)
 
     def task(self, index: int) -> TextTask:
@@ -112,6 +119,45 @@ class Mixture:
         return stack(
             [self.task(index).in_window_example(index, total_tokens, num_queries=num_queries) for index in indices]
         )
+
+
+class TaskSettings(Protocol):
+    """The settings of a run that decide which examples there are."""
+
+    @property
+    def backbone(self) -> BackboneConfig: ...
+    @property
+    def tasks(self) -> TasksConfig: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def evaluation(self) -> EvaluationConfig: ...
+
+
+def check_tasks(config: TaskSettings, vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    """Every example that a run will ask for can be made with this tokenizer. Raises ConfigError."""
+    tasks, keys = config.tasks, len(vocabulary.keys["held_out"])
+    if tasks.num_pairs > keys:
+        raise ConfigError(
+            f"tasks.num_pairs = {tasks.num_pairs}: must be at most {keys}, the words that the backbone's tokenizer "
+            f"offers as held-out keys. Set tasks.num_pairs={keys} or less"
+        )
+    for name in config.evaluation.tasks:
+        try:
+            build_task(name, "random", vocabulary, corpus, split="held_out", num_pairs=tasks.num_pairs)
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.tasks: {name} cannot be asked with this tokenizer: {error}") from None
+    windows = 1 if config.training.in_window_batch_size else 2
+    room = windows * config.backbone.segment_tokens
+    for task in Mixture.from_config(tasks, vocabulary, corpus).tasks:
+        needed = task.overhead_tokens(0, num_queries=tasks.num_queries)
+        if needed > room:
+            raise ConfigError(
+                f"tasks.num_queries = {tasks.num_queries} with tasks.num_pairs = {tasks.num_pairs}: facts and "
+                f"questions of {task.name} take {needed} tokens, must be at most {room} ({windows} x "
+                "backbone.segment_tokens). Lower tasks.num_queries or tasks.num_pairs, raise "
+                f"backbone.segment_tokens, or leave {task.name} out of tasks.names"
+            )
 
 
 def stack(examples: Sequence[Example]) -> Example:

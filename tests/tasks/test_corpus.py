@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cortex_core.config import DataConfig
 from cortex_core.errors import DataError
-from cortex_core.tasks.corpus import Corpus, load_corpus, training_texts
+from cortex_core.tasks.corpus import BLOCK_CHARACTERS, SKIPPED_FOLDERS, Corpus, load_corpus, training_texts
 
 RECORDS = [f"record {number} banan kores lutit " * 3 for number in range(60)]
 
@@ -104,6 +106,80 @@ def test_standard_library_is_the_default() -> None:
     assert any("def " in text for text in texts)
 
 
+def first_bytes_of_the_standard_library(limit: int, held_out_frac: float) -> dict[str, list[str]]:
+    """Whole files in the order of a hash, the last one cut; another hash decides the side."""
+
+    def share(name: str) -> float:
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
+    sides: dict[str, list[str]] = {"train": [], "held_out": []}
+    for name in sorted(
+        (n.as_posix() for n in names if not SKIPPED_FOLDERS & set(n.parts)), key=lambda n: share(f"order of {n}")
+    ):
+        raw = (root / name).read_text(encoding="utf-8", errors="replace").encode()
+        if limit > 0 and raw.strip():
+            sides["held_out" if share(name) < held_out_frac else "train"].append(raw[:limit].decode(errors="ignore"))
+            limit -= len(raw)
+    return sides
+
+
+def test_the_standard_library_is_read_in_one_order_for_ever(bpe: PreTrainedTokenizerBase) -> None:
+    """The scores of the model that ships depend on it."""
+    config = DataConfig(max_bytes=1_000_000)
+    expected = first_bytes_of_the_standard_library(config.max_bytes, config.held_out_frac)
+    assert len(expected["held_out"]) > 1
+    assert training_texts(config) == expected["train"]
+    corpus = load_corpus(config, bpe)
+    for split, texts in expected.items():
+        tokens = [
+            token for ids in bpe(texts, add_special_tokens=False)["input_ids"] for token in (*ids, bpe.eos_token_id)
+        ]
+        assert corpus.tokens(split).tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["".join(f"line {number} kores\n" for number in range(3000)), "line one\nline two kores\nline three\n",
+     "kores " * 30_000, "kores" * 3_000],
+    ids=["lines", "few lines", "one line", "one word"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["lone.txt", "folder/lone.txt"])
+def test_a_lone_text_file_is_split_by_block(tmp_path: Path, bpe: PreTrainedTokenizerBase, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    corpus = load(path if path.parent == tmp_path else path.parent, bpe, held_out_frac=0.2)
+    assert corpus.train_bytes + corpus.held_out_bytes == len(text)
+    assert 0 < corpus.held_out_bytes < 0.6 * len(text)
+    if len(text) > 10 * BLOCK_CHARACTERS:
+        blocks = bpe.decode(corpus.train).split(bpe.eos_token)[:-1]
+        assert {block[-1] for block in blocks} == {text[-1]}, "blocks end where a line or a word does"
+        assert max(map(len, blocks)) <= BLOCK_CHARACTERS
+
+
+@pytest.mark.parametrize("names", [("huge.txt", "small.txt"), ("small.txt", "huge.txt"), ("huge.jsonl", "small.txt")])
+def test_a_file_beyond_max_bytes_leaves_room_for_another(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Whichever of the two comes first in hash order."""
+    huge = "kores lutit\n" * 2000
+    for name, text in zip(names, (huge, "banan") if "huge" in names[0] else ("banan", huge), strict=True):
+        lines = [json.dumps({"text": line}) for line in text.splitlines()]
+        (tmp_path / name).write_text("\n".join(lines) if name.endswith(".jsonl") else text)
+    config = DataConfig(path=str(tmp_path), max_bytes=4096, held_out_frac=0.5)
+    train = training_texts(config)
+    assert sum(len(text.encode()) for text in train) <= 4096
+    (tmp_path / names["small" in names[1]]).unlink()
+    assert train == ["banan"] or train[0] == huge[: len(train[0])]
+
+
+def test_one_record_beyond_max_bytes_leaves_room_for_another(tmp_path: Path, bpe: PreTrainedTokenizerBase) -> None:
+    lines = [json.dumps({"text": text}) for text in ("kores " * 2000, "banan lutit")]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    corpus = load(tmp_path / "two.jsonl", bpe, max_bytes=4096)
+    assert sorted([corpus.train_bytes, corpus.held_out_bytes]) == [11, 2048]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -114,6 +190,7 @@ def test_standard_library_is_the_default() -> None:
         ("column.jsonl", '{"body": "x"}', "line 1 has no text in 'text': set data.text_column"),
         ("list.jsonl", "[1]", "line 1 has no text in 'text'"),
         ("fake.parquet", "not parquet", "is not a parquet file"),
+        ("half.jsonl", '{"text": "x"}\n\n{"text": "\\ud800 y"}', "line 3 has half of a surrogate pair"),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text .byte 3.: convert it"),
     ],
 )
@@ -140,8 +217,10 @@ def test_parquet_without_the_column_names_what_it_has(tmp_path: Path, bpe: PreTr
 def test_empty_folder_and_a_single_document(tmp_path: Path, bpe: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match="holds no file of type"):
         load(tmp_path, bpe)
-    write(tmp_path / "only.txt")
-    with pytest.raises(DataError, match=r"holds 1 documents with text.*give at least 2 files"):
+    (tmp_path / "only.jsonl").write_text(json.dumps({"text": RECORDS[0]}))
+    with pytest.raises(
+        DataError, match=r"holds 1 documents with text.*give at least 2 files with text, or one file with"
+    ):
         load(tmp_path, bpe)
 
 

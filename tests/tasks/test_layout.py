@@ -14,7 +14,7 @@ from cortex_core.tasks.layout import TextTask
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import TaskVocabulary
 
-QUESTIONS = [name for name in get_args(TaskName) if name != "corpus"]
+QUESTIONS = get_args(TaskName)
 
 
 @pytest.fixture(params=[(name, filler) for name in QUESTIONS for filler in ("text", "random")], ids="-".join)

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from cortex_core.config import TasksConfig
+from cortex_core.config import EvaluationConfig, TasksConfig
 from cortex_core.errors import ConfigError
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.layout import Example
-from cortex_core.tasks.mixture import Mixture, build_task, stack
+from cortex_core.tasks.mixture import Mixture, build_task, check_tasks, stack
 from cortex_core.tasks.vocabulary import TaskVocabulary
+from pipelines.config import RunConfig, load_config
 
-EVERYTHING = TasksConfig(names=("key_value", "copy_reverse", "n_back", "long_addition", "corpus"), num_pairs=4)
+TASKS = TasksConfig(names=("key_value", "copy_reverse", "n_back", "long_addition"), num_pairs=4)
+EVERYTHING = TASKS.model_copy(update={"names": (*TASKS.names, "corpus")})
 
 
 @pytest.fixture
@@ -71,6 +76,49 @@ def test_held_out_words_never_occur_in_a_training_task(vocabulary: TaskVocabular
             assert not held_out & set(content)
         asked = {token for part in test.sheet(0, 6).facts for token in part.tokens}
         assert held_out & asked
+
+
+@pytest.mark.parametrize(("settings", "key"), [(TasksConfig, "names"), (EvaluationConfig, "tasks")])
+def test_plain_text_is_no_task_that_a_user_can_ask_for(settings: type, key: str) -> None:
+    with pytest.raises(ValidationError, match="'key_value', 'copy_reverse', 'n_back' or 'long_addition'"):
+        settings.model_validate({key: ("key_value", "corpus")})
+
+
+def configured(**values: object) -> RunConfig:
+    return load_config(None, {name.replace("__", "."): value for name, value in values.items()})
+
+
+def test_whatever_passes_the_check_can_be_made(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    small = {"tasks__names": ["n_back"], "fast_weights__chunk_size": 8}
+    task = build_task("n_back", "random", vocabulary, corpus)
+    needed = -(-task.overhead_tokens(0, num_queries=6) // 8) * 8
+    fits = configured(**small, backbone__segment_tokens=needed)
+    check_tasks(fits, vocabulary, corpus)
+    Mixture.from_config(fits.tasks, vocabulary, corpus).in_window_batch(range(20), needed, num_queries=6)
+    halves = configured(**small, backbone__segment_tokens=-(-needed // 16) * 8, training__in_window_batch_size=0)
+    check_tasks(halves, vocabulary, corpus)
+    narrow = configured(**small, backbone__segment_tokens=needed - 8)
+    with pytest.raises(
+        ConfigError, match=r"^tasks\.num_queries = 6 with tasks\.num_pairs = 6: .*of n_back take \d+ tokens"
+    ):
+        check_tasks(narrow, vocabulary, corpus)
+
+
+def test_more_pairs_than_held_out_keys_are_refused(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    keys = len(vocabulary.keys["held_out"])
+    check_tasks(configured(tasks__num_pairs=keys), vocabulary, corpus)
+    with pytest.raises(
+        ConfigError, match=rf"^tasks\.num_pairs = {keys + 1}: must be at most {keys}.*num_pairs={keys} or"
+    ):
+        check_tasks(configured(tasks__num_pairs=keys + 1), vocabulary, corpus)
+
+
+def test_evaluation_needs_enough_held_out_words(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    values = MappingProxyType(dict(vocabulary.values) | {"held_out": vocabulary.values["held_out"][:5]})
+    few, config = replace(vocabulary, values=values), configured(evaluation__tasks=["n_back"])
+    check_tasks(config, vocabulary, corpus)
+    with pytest.raises(ConfigError, match=r"^evaluation\.tasks: n_back cannot be asked .* must lie in 1 to 5$"):
+        check_tasks(config, few, corpus)
 
 
 def test_rows_of_different_length_are_refused() -> None:
