@@ -23,6 +23,8 @@ from cortex_core.training.pretrain_config import PretrainConfig
 from cortex_core.training.pretrain_rows import KINDS, Rows, RowSource
 
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+FREE = ("steps", "report_every_steps", "checkpoint_every_steps", "score_examples")
+"""Settings that may change when a run is resumed: no step that is done was made from them while the rate is level."""
 
 
 @dataclass
@@ -54,25 +56,31 @@ class Pretraining:
         vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
         return cls(config, tokenizer, vocabulary, load_corpus(config.data, tokenizer), model, optimizer)
 
-    def run(self) -> Iterator[dict[str, float]]:
-        """Train to the last step; metrics of every `report_every_steps` steps, and of the last."""
+    def run(self, checkpoint: Path | None = None) -> Iterator[dict[str, float]]:
+        """Train to the last step; metrics of every `report_every_steps` steps, and of the last.
+
+        With a `checkpoint` folder, the run is saved there every `checkpoint_every_steps` steps, and at the end.
+        """
         torch.set_flush_denormal(True)  # of the whole process: moments near 0 would slow every step down
         try:
-            yield from self._steps()
+            yield from self._steps(checkpoint)
         finally:
             torch.set_flush_denormal(False)
 
-    def _steps(self) -> Iterator[dict[str, float]]:
-        source = RowSource(self.config, self.vocabulary, self.corpus)
-        every, since = self.config.report_every_steps, time.monotonic()
-        while self.step < self.config.steps:
-            metrics = train_step(self.model, self.optimizer, source.batch(self.step), self.config, self.step)
+    def _steps(self, checkpoint: Path | None) -> Iterator[dict[str, float]]:
+        config, source = self.config, RowSource(self.config, self.vocabulary, self.corpus)
+        reported, since = self.step, time.monotonic()
+        while self.step < config.steps:
+            metrics = train_step(self.model, self.optimizer, source.batch(self.step), config, self.step)
             self.step += 1
-            if self.step % every == 0 or self.step == self.config.steps:
-                now = time.monotonic()
-                rate = every * self.config.batch_size * self.config.decoder.window_tokens / (now - since)
-                since = now
+            last = self.step == config.steps
+            if checkpoint and (last or self.step % config.checkpoint_every_steps == 0):
+                self.save(checkpoint)
+            if last or self.step % config.report_every_steps == 0:
+                tokens = (self.step - reported) * config.batch_size * config.decoder.window_tokens
+                rate = tokens / (time.monotonic() - since)
                 yield {"step": float(self.step), "throughput/tokens_per_s": rate} | metrics
+                reported, since = self.step, time.monotonic()
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; an older one in the folder is replaced file by file, the state last."""
@@ -109,12 +117,21 @@ class Pretraining:
 
     def _check_same_run(self, saved: PretrainConfig, folder: Path) -> None:
         """The length of a run may change while its rate is level; what its steps were made from may not."""
-        for key in ("seed", "batch_size", "decoder", "data"):
-            if getattr(saved, key) != getattr(self.config, key):
+        then, now = _flat(saved), _flat(self.config)
+        for name, value in then.items():
+            if name not in FREE and value != now[name]:
                 raise IncompatibleError(
-                    f"{folder} was trained with {key} = {getattr(saved, key)}, this run has "
-                    f"{getattr(self.config, key)}: use the same value, or another folder"
+                    f"{folder} was trained with {name} = {value}, this run has {now[name]}: use the same value, or "
+                    "another folder"
                 )
+
+
+def _flat(config: PretrainConfig) -> dict[str, Any]:
+    """Values by dotted name."""
+    values: dict[str, Any] = {}
+    for name, value in config.model_dump().items():
+        values |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return values
 
 
 def train_step(

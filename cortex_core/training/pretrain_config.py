@@ -125,5 +125,8 @@ class PretrainConfig(Settings):
     report_every_steps: PositiveInt = 25
     """Steps between reports."""
     decoder: DecoderConfig = DecoderConfig()
+    """The shape of the decoder."""
     rows: RowsConfig = RowsConfig()
+    """What a training row is."""
     data: DataConfig = DataConfig()
+    """Real text."""

@@ -43,6 +43,17 @@ def test_a_checkpoint_holds_no_pickle(started: Pretraining, tmp_path: Path) -> N
     assert json.loads((tmp_path / STATE).read_text())["step"] == started.step
 
 
+def test_checkpoints_do_not_wait_for_reports(
+    pretrain_config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(Pretraining, "save", lambda run, folder: saved.append(run.step) if folder == tmp_path else None)
+    settings = {"steps": 5, "report_every_steps": 3, "checkpoint_every_steps": 2}
+    run = Pretraining.start(pretrain_config.model_copy(update=settings))
+    assert [metrics["step"] for metrics in run.run(tmp_path)] == [3, 5]
+    assert saved == [2, 4, 5]
+
+
 def test_training_lowers_the_losses(pretrain_config: PretrainConfig) -> None:
     run = Pretraining.start(pretrain_config.model_copy(update={"steps": 40, "report_every_steps": 40}))
     before = bits_per_byte(run.model, run.corpus, window_tokens=128)["nats_per_token"]
@@ -62,6 +73,14 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(IncompatibleError, match="was trained with seed = 0, this run has 1: use the same value"):
         other.resume(tmp_path)
     assert (tmp_path / MOMENTS).is_file()
+    for changed, complaint in (
+        ({"learning_rate": 1e-4}, "with learning_rate = 0.002, this run has 0.0001"),
+        ({"rows": pretrain_config.rows.model_copy(update={"early_steps": 3})}, "rows.early_steps = 2, this run has 3"),
+    ):
+        with pytest.raises(IncompatibleError, match=complaint):
+            Pretraining.start(pretrain_config.model_copy(update=changed)).resume(tmp_path)
+    free = {"steps": 9, "report_every_steps": 2, "checkpoint_every_steps": 3, "score_examples": 5}
+    Pretraining.start(pretrain_config.model_copy(update=free)).resume(tmp_path)
 
 
 def test_rate_rises_stays_and_falls() -> None:
