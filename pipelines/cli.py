@@ -12,14 +12,14 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
+VERSION = "0.1.0"
+"""As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
 DESCRIPTION = "Cortex gives a frozen language model a lasting memory."
 HELP = """\
 RECIPE is a TOML file or the name of one that ships. KEY=VALUE overrides one setting; values need no quotes,
@@ -40,7 +40,9 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input (one line says what), 
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are told like every other wrong input."""
+
     def error(self, message: str) -> NoReturn:
         """One line like every other wrong input, instead of the usage followed by the line."""
         if "unrecognized arguments: -" in message and "=" in message:
@@ -91,8 +93,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     """Subcommands take their arguments in order; only `config` and `ui` have options."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"cortex {metadata.version('cortex-memory')}")
+    parser = Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"cortex {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands, each with its own --help")
 
     def command(name: str, usage: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -123,11 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     command("pretrain", "RECIPE --out FOLDER [KEY=VALUE ...]", "Train a small backbone from scratch.")
 
     config = command(
-        "config", "[SECTION] | [--recipe RECIPE] [KEY=VALUE ...]",
+        "config", "[SECTION] [--recipe RECIPE] [KEY=VALUE ...]",
         "Print every setting, or what a recipe resolves to.",
         "Examples:\n  cortex config training\n  cortex config --recipe demo training.steps=100",
     )  # fmt: skip
-    config.add_argument("section", nargs="?", metavar="SECTION", help="only this one, e.g. training")
+    text = "only this one, e.g. training; pretrain for the settings of cortex pretrain"
+    config.add_argument("section", nargs="?", metavar="SECTION", help=text)
     config.add_argument("--recipe", metavar="RECIPE", help="print the resolved values as TOML instead")
     overrides(config)
 
@@ -170,32 +173,33 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
 
 
 def _config(section: str | None, recipe: str | None, overrides: list[str]) -> int:
-    from pipelines.config import RunConfig, dump_toml, load_config
-    from pipelines.explain import knobs, nearest, show
+    from cortex_core.training.pretrain_config import PretrainConfig
+    from pipelines.config import RunConfig, dump_toml
+    from pipelines.explain import listing, nearest, sections
+    from pipelines.resolve import find_recipe, resolve
 
     if section and "=" in section:  # the optional SECTION took the first override
         section, overrides = None, [section, *overrides]
-    if recipe or overrides:
-        print(dump_toml(load_config(recipe, overrides)), end="")
-        return 0
-    listed = list(knobs(RunConfig))
-    sections = list(dict.fromkeys(knob.section for knob in listed))
-    if section is not None and section not in sections:
-        hint = nearest(section, sections)
+    model, command = RunConfig, "train"
+    if section == "pretrain":
+        section, model, command = None, PretrainConfig, "pretrain"
+    names = sections(model)
+    if section is not None and section not in names:
+        hint = nearest(section, names)
         raise ConfigError(
-            f"{section}: no such section. There are: {', '.join(filter(None, sections))}"
-            + (f". Did you mean {hint}?" if hint else "")
+            f"{section}: no such section. There are: {', '.join(names)}" + (f". Did you mean {hint}?" if hint else "")
         )
-    width = max(72, min(shutil.get_terminal_size((100, 24)).columns, 120)) - 4
-    for name in sections if section is None else [section]:
-        print(f"[{name}]  {RunConfig.model_fields[name].description}" if name else "Settings of the run")
-        for knob in listed:
-            if knob.section == name:
-                print(f"  {knob.name} = {show(knob.default)}")
-                for line in textwrap.wrap(f"{knob.doc} ({knob.expects})", width):
-                    print(f"      {line}")
-        print()
+    if recipe or overrides:
+        file = find_recipe(recipe, command) if recipe else None
+        print(dump_toml(resolve(model, file, overrides), section), end="")
+    else:
+        print(*listing(model, section, help_width()), sep="\n")
     return 0
+
+
+def help_width() -> int:
+    """Columns for text that is read in the terminal."""
+    return max(72, min(shutil.get_terminal_size((100, 24)).columns, 120))
 
 
 def ui_command(folder: Path, port: int) -> list[str]:

@@ -8,15 +8,16 @@ answered at once.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cortex_core.config import (
+    BUILTIN,
     BackboneConfig,
     DataConfig,
     EvaluationConfig,
@@ -27,13 +28,8 @@ from cortex_core.config import (
     TasksConfig,
     TrainingConfig,
 )
-from cortex_core.errors import ConfigError, DataError
-from pipelines.explain import explain, nearest, parse_text
+from pipelines.resolve import Overrides, resolve
 
-Overrides = Sequence[str] | Mapping[str, object]
-S = TypeVar("S", bound=Settings)
-
-RECIPES = Path(__file__).parent / "recipes"
 CONFIG_FILE = "config.toml"
 """The resolved configuration, written into every run folder; `cortex evaluate` reads it."""
 DATABASE_FILE = "mlflow.db"
@@ -143,17 +139,65 @@ class RunConfig(Settings):
     def batches_divide_evenly(self) -> RunConfig:
         """Every worker gets as many rows in every micro-batch, or gradients would be weighted wrongly."""
         workers, steps = max(self.cluster.num_workers, 1), self.training.accumulation_steps
-        parts, factors = workers * steps, f"cluster.num_workers = {workers} x accumulation_steps = {steps}"
-        for name in ("batch_size", "in_window_batch_size"):
-            size = getattr(self.training, name)
-            if size % parts:
-                below, above = size - size % parts, size + parts - size % parts
-                choice = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(
-                    f"training.{name} = {size} does not divide evenly over {factors}: must be a multiple of "
-                    f"{parts}. Set training.{name} to {choice}, or change the number of workers"
-                )
+        parts, names = workers * steps, ("batch_size", "in_window_batch_size")
+        uneven = {f"training.{name}": size for name in names if (size := getattr(self.training, name)) % parts}
+        if uneven:
+            raise ValueError(
+                f"{' and '.join(f'{name} = {size}' for name, size in uneven.items())}: must be a multiple of {parts} "
+                f"(cluster.num_workers = {workers} x training.accumulation_steps = {steps}). Set "
+                f"{' '.join(f'{name}={math.ceil(size / parts) * parts}' for name, size in uneven.items())}, "
+                "or change the number of workers"
+            )
         return self
+
+    @model_validator(mode="after")
+    def chunks_tile_a_segment(self) -> RunConfig:
+        """A segment is read in whole chunks."""
+        segment, chunk = self.backbone.segment_tokens, self.fast_weights.chunk_size
+        if segment % chunk:
+            below, above = segment // chunk * chunk, (segment // chunk + 1) * chunk
+            raise ValueError(
+                f"backbone.segment_tokens = {segment}: must be a multiple of fast_weights.chunk_size = {chunk}. Set "
+                f"backbone.segment_tokens={f'{below} or {above}' if below else above}, or "
+                f"fast_weights.chunk_size={math.gcd(segment, chunk)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def questions_fit_the_window(self) -> RunConfig:
+        """All lines of an example share one window; two where no in-window sequences are trained on.
+
+        A line has 4 tokens at least. How many the tokenizer makes of it, `cortex_core.tasks.mixture.check_tasks` knows.
+        """
+        tasks, windows = self.tasks, 1 if self.training.in_window_batch_size else 2
+        room, needed = windows * self.backbone.segment_tokens, 4 * (tasks.num_pairs + tasks.num_queries)
+        if "key_value" in tasks.names and needed > room:
+            fewer = room // 4 - tasks.num_pairs
+            remedy = f"Set tasks.num_queries={fewer} or less" if fewer > 0 else "Lower both"
+            raise ValueError(
+                f"tasks.num_queries = {tasks.num_queries} with tasks.num_pairs = {tasks.num_pairs}: take at least "
+                f"{needed} tokens, must be at most {room} ({windows} x backbone.segment_tokens). {remedy}, or raise "
+                "backbone.segment_tokens"
+            )
+        return self
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same run with `~` expanded and folders made absolute: Ray's workers run in a folder of their own.
+
+    `backbone.name` is a folder if there is one of that name; otherwise it is a hub id, or ships with the package.
+    """
+    path, name = config.data.path, config.backbone.name
+    folder = _absolute(name)
+    if path is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(_absolute(path))})})
+    if not name.startswith(BUILTIN) and folder.is_dir():
+        config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"name": str(folder)})})
+    return config
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def load_config(recipe: str | Path | None = None, overrides: Overrides = ()) -> RunConfig:
@@ -161,56 +205,18 @@ def load_config(recipe: str | Path | None = None, overrides: Overrides = ()) -> 
     return resolve(RunConfig, recipe, overrides)
 
 
-def resolve(model: type[S], recipe: str | Path | None = None, overrides: Overrides = ()) -> S:
-    """Resolve defaults, recipe and overrides to settings of the kind `model`.
-
-    Args:
-        model: the class of settings.
-        recipe: path of a TOML file, the bare name of one that ships (`demo`), or None for the defaults.
-        overrides: `["fast_weights.rank=8", ...]` as typed, or `{"fast_weights.rank": 8, ...}` as values.
-            Typed values are TOML literals; text needs no quotes, lists no brackets, and `null` unsets.
-
-    Raises:
-        ConfigError: one line per wrong setting.
-        DataError: the recipe cannot be read.
-    """
-    data = {} if recipe is None else _read_toml(find_recipe(recipe))
-    for name, value in _pairs(model, overrides):
-        _assign(data, name, value)
-    try:
-        # Strict, so that "8" and true are no integers; as JSON, where a list may still stand for a tuple.
-        return model.model_validate_json(json.dumps(data, default=_plain), strict=True)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(model, error.errors(include_url=False), data))) from None
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """The file that `recipe` means: a path, or the bare name of a recipe that ships."""
-    path, shipped = Path(recipe), RECIPES / f"{recipe}.toml"
-    if path.is_file():
-        return path
-    if path.name == str(recipe) and shipped.is_file():
-        return shipped
-    names = sorted(p.stem for p in RECIPES.glob("*.toml"))
-    what = "is a folder, not a recipe" if path.is_dir() else "no such recipe"
-    hint = nearest(path.stem, names)
-    raise DataError(
-        f"{recipe}: {what}. Give the path of a TOML file or the name of one that ships: {', '.join(names)}"
-        + (f". Did you mean {hint}?" if hint else "")
-    )
-
-
-def dump_toml(config: RunConfig) -> str:
-    """The resolved configuration as TOML, one key per line. `load_config` reads it back to an equal value."""
+def dump_toml(config: Settings, only: str | None = None) -> str:
+    """The resolved configuration, or one section of it, as TOML, one key per line. `resolve` reads it back to an equal
+    value."""
     top, sections = [], []
-    for name, value in config.model_dump().items():
+    for name, value in config.model_dump(include=None if only is None else {only}).items():
         if isinstance(value, dict):
             # None is left out: TOML has no null, and every field that may be None has it as default.
             lines = [f"{key} = {_toml(item)}" for key, item in value.items() if item is not None]
             sections.append("\n".join([f"[{name}]", *lines]))
         else:
             top.append(f"{name} = {_toml(value)}")
-    return "\n\n".join(["\n".join(top), *sections]) + "\n"
+    return "\n\n".join(["\n".join(top), *sections] if top else sections) + "\n"
 
 
 def _toml(value: object) -> str:
@@ -222,47 +228,3 @@ def _toml(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(_toml(item) for item in value)}]"
     return repr(value)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        hint = "Text needs quotes, lists need brackets"
-        raise ConfigError(f"{path}: not valid TOML: {error}. {hint}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8 (byte {error.start}). A recipe is a TOML file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _pairs(model: type[Settings], overrides: Overrides) -> Iterable[tuple[str, object]]:
-    if isinstance(overrides, Mapping):
-        yield from overrides.items()
-        return
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise ConfigError(f"{text!r} is not an override: write name=value, such as training.steps=100")
-        yield name.strip(), parse_text(model, name.strip(), value.strip())
-
-
-def _assign(data: dict[str, Any], name: str, value: object) -> None:
-    """Set the dotted `name` in nested tables; a mapping is merged into its section, key by key."""
-    *sections, key = name.split(".")
-    table = data
-    for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{name}: {section} is a value, not a section; it has no keys")
-    if isinstance(value, Mapping):
-        for inner, item in value.items():
-            _assign(data, f"{name}.{inner}", item)
-    else:
-        table[key] = value
-
-
-def _plain(value: object) -> object:
-    """JSON for what a recipe or a Tune sample may hold: numpy scalars as numbers, paths and dates as text."""
-    item = getattr(value, "item", None)
-    return item() if callable(item) else str(value)

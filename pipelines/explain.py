@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import textwrap
 import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,25 @@ def knobs(model: type[BaseModel], prefix: str = "") -> Iterator[Knob]:
         else:
             expects = in_words(field.annotation, field.metadata)
             yield Knob(prefix + name, field.default, expects, " ".join((field.description or "").split()))
+
+
+def sections(model: type[BaseModel]) -> list[str]:
+    """Names of the sections below `model`, in the order of definition."""
+    return [name for name, field in model.model_fields.items() if _model(field)]
+
+
+def listing(model: type[BaseModel], only: str | None = None, width: int = 100) -> Iterator[str]:
+    """Lines that show every setting, or those of one section, with default, meaning and what it expects."""
+    listed = list(knobs(model))
+    for name in ["", *sections(model)] if only is None else [only]:
+        yield f"[{name}]  {model.model_fields[name].description}" if name else "Settings of the run"
+        for knob in listed:
+            if knob.section == name:
+                yield f"  {knob.name} = {show(knob.default)}"
+                yield from textwrap.wrap(
+                    f"{knob.doc} ({knob.expects})", width, initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
+        yield ""
 
 
 def show(value: object) -> str:

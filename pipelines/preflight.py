@@ -12,14 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cortex_core
+from cortex_core.config import ASSETS, BUILTIN, CORPUS_SUFFIXES
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, located
 
-ASSETS = Path(cortex_core.__file__).parent / "assets"
-BUILTIN = "builtin:"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-CORPUS_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def check(config: RunConfig) -> None:
@@ -49,7 +46,7 @@ def check_data(config: RunConfig) -> None:
     """The path exists and holds a kind of file that is read."""
     if config.data.path is None:
         return
-    path, kinds = Path(config.data.path), ", ".join(CORPUS_SUFFIXES)
+    path, kinds = Path(str(located(config).data.path)), ", ".join(CORPUS_SUFFIXES)
     what = f'data.path = "{config.data.path}"'
     if not path.exists():
         raise DataError(
@@ -91,7 +88,7 @@ def check_against_backbone(config: RunConfig) -> None:
 
     Only for a builtin or a local folder: about a hub id nothing is known before it is downloaded.
     """
-    folder = backbone_folder(config.backbone.name)
+    folder = backbone_folder(located(config).backbone.name)
     if folder is None:
         return
     what = f'backbone.name = "{config.backbone.name}"'
@@ -106,7 +103,7 @@ def backbone_folder(name: str) -> Path | None:
     """The folder that `name` means, or None for a hub id. It need not exist."""
     if name.startswith(BUILTIN):
         return ASSETS / name.removeprefix(BUILTIN)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     is_path = path.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
     return path if is_path or path.exists() else None
 

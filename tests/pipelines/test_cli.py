@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from cortex_core.training.pretrain_config import PretrainConfig
 from pipelines import cli
 from pipelines.config import RunConfig, load_config
 from pipelines.explain import knobs
+from pipelines.pretrain import load_pretrain_config
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train"], ["required: RECIPE", "cortex train --help"]),
         (["tarin", "demo"], ["'tarin'", "'train'", "cortex --help"]),
         (["train", "nope.toml"], ["nope.toml: no such recipe", "path of a TOML file", "demo"]),
+        (["train", "nope"], ["nope: no such recipe", "that ships: demo"]),
+        (["train", "pretrain"], ["pretrain: is a recipe of cortex pretrain, not of cortex train", "cortex pretrain --help"]),
+        (["pretrain", "demo", "--out", "x"], ["demo: is a recipe of cortex train, not of cortex pretrain", "cortex train --help"]),
+        (["pretrain", "nope", "--out", "x"], ["nope: no such recipe", "that ships: pretrain"]),
+        (["pretrain", "pretrain", "--out", "x", "steps"], ["'steps' is not an override", "such as steps=100"]),
         (["train", "demo", "--training.steps=3"], ["--training.steps=3", "without dashes: training.steps=100"]),
         (["train", "demo", "training.steps"], ["'training.steps' is not an override", "name=value"]),
         (["train", "demo", "training.stpes=3"], ["training.stpes: unknown key", "did you mean training.steps?"]),
@@ -54,6 +62,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["evaluate", "runs/none"], ["runs/none: no such folder", "out_dir/name"]),
         (["evaluate", "."], [".: has no config.toml", "out_dir/name"]),
         (["config", "trainning"], ["trainning: no such section", "fast_weights, data", "Did you mean training?"]),
+        (["config", "trainning", "training.steps=5"], ["trainning: no such section"]),
+        (["config", "training", "training.steps=0"], ["training.steps = 0: must be at least 1"]),
         (["config", "training.steps=0"], ["training.steps = 0: must be at least 1"]),
         (["config", "--recipe", "none"], ["none: no such recipe"]),
         (["ui"], ["runs: no mlflow.db in or beside it", "out_dir"]),
@@ -133,7 +143,9 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("usage: cortex")
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the package is not installed."""
+    monkeypatch.setattr(metadata, "version", lambda name: metadata.distribution(f"no-such-{name}"))
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     declared = tomllib.loads((Path(cli.__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
@@ -154,6 +166,27 @@ def test_config_prints_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "sharding.stage = 3" in out
     assert "training.steps" not in out
+
+
+def test_config_prints_one_section_of_what_is_overridden(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "training", "training.steps=5", "seed=3"]) == 0
+    assert tomllib.loads(capsys.readouterr().out) == {
+        "training": load_config(None, ["training.steps=5"]).training.model_dump()
+    }
+    assert cli.main(["config", "data", "--recipe", "demo"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["data"]["max_bytes"] == 8_000_000
+
+
+def test_config_prints_the_settings_of_pretrain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "pretrain"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for knob in knobs(PretrainConfig):
+        assert f"{knob.name} = " in words
+        assert knob.doc in words
+    assert "training.steps" not in words
+    assert cli.main(["config", "pretrain", "rows.early_steps=3", "steps=7"]) == 0
+    printed = tomllib.loads(capsys.readouterr().out)
+    assert PretrainConfig.model_validate(printed) == load_pretrain_config("pretrain", ["rows.early_steps=3", "steps=7"])
 
 
 def test_config_prints_what_a_recipe_resolves_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -192,8 +225,8 @@ def test_ctrl_c_is_answered_with_130(tmp_path: Path) -> None:
     """A real signal to a real process, while it waits for a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "slow.toml")
     code = (
-        "import os, sys; from pathlib import Path; from pipelines import cli, config\n"
-        "config.find_recipe = lambda recipe: print('reading', flush=True) or Path(recipe)\n"
+        "import os, sys; from pathlib import Path; from pipelines import cli, resolve\n"
+        "resolve.find_recipe = lambda recipe: print('reading', flush=True) or Path(recipe)\n"
         "sys.exit(cli.main(['train', 'slow.toml']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

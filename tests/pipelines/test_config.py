@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cortex_core.errors import ConfigError, DataError
-from pipelines.config import RECIPES, RunConfig, dump_toml, find_recipe, load_config
+from pipelines.config import RunConfig, dump_toml, load_config, located
 from pipelines.explain import knobs
+from pipelines.resolve import RECIPES, find_recipe
 
 KNOBS = {knob.name: knob for knob in knobs(RunConfig)}
 
@@ -83,7 +84,7 @@ def test_text_and_values_are_the_same_override() -> None:
         ("evaluation.gaps_tokens=[256,1024]", (256, 1024)),
         ("evaluation.gaps_tokens=256,1024", (256, 1024)),
         ("evaluation.gaps_tokens=256", (256,)),
-        ("tasks.names=key_value,corpus", ("key_value", "corpus")),
+        ("tasks.names=key_value,n_back", ("key_value", "n_back")),
         ("tasks.names=n_back", ("n_back",)),
         ("tasks.fillers=['text']", ("text",)),
         ("fast_weights.layers=auto", "auto"),
@@ -122,6 +123,10 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
          "(default [0.9, 0.98])"),
         ("optimizer.betas=0.9,2", "optimizer.betas[1] = 2: must be at most 1 (default [0.9, 0.98])"),
         ("tasks.names=", "tasks.names = []: must not be empty (default [\"key_value\"])"),
+        ("tasks.names=corpus", 'tasks.names[0] = "corpus": expected one of "key_value", "copy_reverse", "n_back", "long_addition" '
+         '(default ["key_value"])'),
+        ("evaluation.tasks=key_value,corpus", 'evaluation.tasks[1] = "corpus": expected one of "key_value", "copy_reverse", '
+         '"n_back", "long_addition" (default ["key_value"])'),
         ("tasks.fillers=txt",
          'tasks.fillers[0] = "txt": expected one of "text", "random"; did you mean "text"? (default ["text", "random"])'),
         ("fast_weights.layers=first",
@@ -167,10 +172,15 @@ def test_every_wrong_value_gets_its_own_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["cluster.num_workers=3"], ["training.batch_size = 16", "cluster.num_workers = 3", "multiple of 3", "15 or 18"]),
-        (["training.accumulation_steps=5"], ["training.batch_size = 16", "accumulation_steps = 5", "multiple of 10", "10 or 20"]),
-        (["training.batch_size=1"], ["training.batch_size = 1", "multiple of 2", "Set training.batch_size to 2,"]),
-        (["training.in_window_batch_size=3"], ["training.in_window_batch_size = 3", "multiple of 2", "2 or 4"]),
+        (["cluster.num_workers=3"], ["training.batch_size = 16 and training.in_window_batch_size = 4: must be a multiple of 3 (cluster.num_workers = 3 x", "Set training.batch_size=18 training.in_window_batch_size=6,"]),
+        (["cluster.num_workers=8"], ["training.in_window_batch_size = 4: must be", "multiple of 8", "Set training.in_window_batch_size=8,"]),
+        (["training.accumulation_steps=5"], ["training.batch_size = 16 and", "accumulation_steps = 5", "multiple of 10", "Set training.batch_size=20 training.in_window_batch_size=10,"]),
+        (["training.batch_size=1"], ["training.batch_size = 1:", "multiple of 2", "Set training.batch_size=2,"]),
+        (["backbone.segment_tokens=1000"], ["backbone.segment_tokens = 1000: must be a multiple of fast_weights.chunk_size = 64", "Set backbone.segment_tokens=960 or 1024, or fast_weights.chunk_size=8"]),
+        (["backbone.segment_tokens=30"], ["backbone.segment_tokens = 30:", "Set backbone.segment_tokens=64, or fast_weights.chunk_size=2"]),
+        (["tasks.num_queries=100"], ["tasks.num_queries = 100 with tasks.num_pairs = 6: take at least 424 tokens, must be at most 256", "Set tasks.num_queries=58 or less"]),
+        (["tasks.num_pairs=64"], ["tasks.num_queries = 6 with tasks.num_pairs = 64: take at least 280 tokens", "Lower both, or raise backbone.segment_tokens"]),
+        (["tasks.num_queries=200", "training.in_window_batch_size=0"], ["take at least 824 tokens, must be at most 512 (2 x backbone.segment_tokens)"]),
         (["sharding.stage=0", "sharding.offload=cpu"], ['sharding.offload = "cpu"', "stage = 0", "set stage to 3"]),
     ],
 )  # fmt: skip
@@ -179,6 +189,17 @@ def test_settings_that_contradict_each_other(overrides: list[str], parts: list[s
         load_config(None, overrides)
     (line,) = str(caught.value).splitlines()
     assert [part for part in parts if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    "override", ["cluster.num_workers=3", "cluster.num_workers=32", "training.accumulation_steps=5"]
+)
+def test_the_batch_sizes_that_are_offered_are_taken(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [override])
+    offered = re.search(r"Set (.*), or change", str(caught.value))
+    assert offered is not None
+    load_config("demo", [override, *offered[1].split()])
 
 
 def test_one_process_divides_everything() -> None:
@@ -214,6 +235,8 @@ def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"):
         load_config("dmeo")
+    with pytest.raises(DataError, match=r"that ships: demo$"):
+        load_config("nothing-like-it")
     with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
         load_config(tmp_path)
 
@@ -232,12 +255,12 @@ VALUES = {
     "out_dir": TEXT,
     "backbone.name": TEXT,
     "backbone.revision": st.none() | TEXT,
-    "backbone.segment_tokens": st.integers(8, 32768),
+    "backbone.segment_tokens": st.integers(1, 512).map(lambda chunks: 64 * chunks),
     "fast_weights.layers": st.just("auto") | st.lists(st.integers(0, 100)).map(tuple),
     "fast_weights.decay": st.floats(0, 1, exclude_min=True),
     "fast_weights.controller": st.booleans(),
     "data.path": st.none() | TEXT,
-    "tasks.names": st.lists(st.sampled_from(["key_value", "corpus"]), min_size=1).map(tuple),
+    "tasks.names": st.lists(st.sampled_from(["key_value", "n_back"]), min_size=1).map(tuple),
     "optimizer.learning_rate": st.floats(0, exclude_min=True, allow_infinity=False),
     "optimizer.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "evaluation.gaps_tokens": st.lists(st.integers(0, 2**40), min_size=1).map(tuple),
@@ -280,3 +303,22 @@ def test_paths_do_not_depend_on_where_a_worker_runs(tmp_path: Path, monkeypatch:
     assert config.run_dir == tmp_path / "out" / "a"
     assert config.tracking_uri == f"sqlite:///{tmp_path}/out/mlflow.db"
     assert load_config(None, ["tracking.uri=http://host:5000"]).tracking_uri == "http://host:5000"
+
+
+def test_paths_and_local_models_are_found_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("model", "home/model", "builtin:stdlib-1m"):
+        Path(folder).mkdir(parents=True)
+
+    def found(name: str, path: str) -> tuple[str, str | None]:
+        config = located(load_config(None, {"backbone.name": name, "data.path": path, "seed": 3}))
+        assert config.seed == 3
+        return config.backbone.name, config.data.path
+
+    assert found("model", "notes") == (f"{tmp_path}/model", f"{tmp_path}/notes")
+    assert found("~/model", "~/a.txt") == (f"{tmp_path}/home/model", f"{tmp_path}/home/a.txt")
+    assert found(str(tmp_path / "model"), "/notes") == (f"{tmp_path}/model", "/notes")
+    for name in ("Qwen/Qwen3-0.6B", "gpt2", "builtin:stdlib-1m", "~/none", "~no-such-user/model"):
+        assert found(name, "/notes")[0] == name
+    assert located(load_config()).data.path is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from cortex_core.config import Settings
-from pipelines.explain import Knob, explain, in_words, knobs, nearest, parse_text, show
+from pipelines.explain import Knob, explain, in_words, knobs, listing, nearest, parse_text, sections, show
 
 
 class Wheel(Settings):
@@ -51,6 +51,23 @@ def test_knobs_are_listed_in_order_with_one_line_of_documentation() -> None:
         Knob("colour", "red", 'one of "red", "blue" or an integer, at least 0', "A name or a number."),
     ]
     assert [knob.section for knob in knobs(Cart)] == ["", "wheel", "wheel", "", ""]
+
+
+def test_a_listing_shows_every_knob_below_its_section() -> None:
+    assert sections(Cart) == ["wheel"]
+    assert list(listing(Cart, "wheel", width=30)) == [
+        "[wheel]  All alike.",
+        "  wheel.spokes = 12",
+        "      How many spokes. (an",
+        "      integer, at least 3)",
+        "  wheel.tyre = null",
+        "      Which tyre. (text or",
+        "      null)",
+        "",
+    ]
+    assert [line for line in listing(Cart) if not line.startswith(" ")] == [
+        "Settings of the run", "", "[wheel]  All alike.", "",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_a_model_sets_the_bounds(tmp_path: Path, shape: dict[str, object]) -> No
         ("fast_weights__rank", 33, ("fast_weights.rank = 33", "at most 32", "Set fast_weights.rank=32")),
         (
             "backbone__segment_tokens",
-            513,
-            ("backbone.segment_tokens = 513", "at most 512", "segment_tokens=512"),
+            576,
+            ("backbone.segment_tokens = 576", "at most 512", "segment_tokens=512"),
         ),
         ("fast_weights__layers", [0, 4], ("fast_weights.layers = [0, 4]", "at most 3", '"auto"')),
     ):
@@ -152,6 +152,16 @@ def test_a_corpus_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "text" / "a").mkdir()
     (tmp_path / "text" / "a" / "book.txt").touch()
     checked(tmp_path, data__path=str(tmp_path / "text"))
+
+
+def test_what_lies_in_the_home_folder_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    backbone(tmp_path / "model")
+    (tmp_path / "notes.txt").touch()
+    checked(tmp_path, backbone__name="~/model", data__path="~/notes.txt")
+    with pytest.raises(DataError) as error:
+        checked(tmp_path, data__path="~/none.txt")
+    one_line(error, 'data.path = "~/none.txt"', "no such file or folder")
 
 
 def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -24,11 +24,27 @@ def test_command_trains_scores_and_resumes(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "model"
     assert main([str(recipe), "--out", str(out), "steps=2", "decay_frac=0"]) == 0
     assert json.loads((out / "scores.json").read_text())["steps"] == 2
-    assert main([str(recipe), "--out", str(out)]) == 0
+    assert main([str(recipe), "--out", str(out), "decay_frac=0"]) == 0
     assert "resuming from" in capsys.readouterr().out
     scores = json.loads((out / "scores.json").read_text())
     assert scores["steps"] == 4
     assert scores["training_tokens"] == 4 * 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("out", "model", "checkpoint"),
+    [(".", "here", "here-checkpoint"), ("..", "", "-checkpoint"), ("a/../b/", "here/b", "here/b-checkpoint")],
+)
+def test_any_folder_may_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, model: str, checkpoint: str
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("pipelines.pretrain.pretrain", lambda _, *folders: written.extend(map(str, folders)))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["pretrain", "--out", out]) == 0
+    prefix = f"{tmp_path}/" if model else str(tmp_path)
+    assert written == [prefix + model, prefix + checkpoint]
 
 
 def test_shipped_recipe_is_the_default_configuration() -> None:
