@@ -157,7 +157,7 @@ def _misfits(config: RunConfig, shape: Mapping[str, Any]) -> Iterator[str]:
     if head_dim and memory.rank > head_dim:
         yield (
             f"fast_weights.rank = {memory.rank}: must be at most {head_dim}, the width of a head of "
-            f"{config.backbone.name}: keys are projected down. Set fast_weights.rank={head_dim} or less"
+            f"{config.backbone.name}: its memory is low-rank. Set fast_weights.rank={head_dim} or less"
         )
     if layers and memory.layers != "auto" and max(memory.layers, default=0) >= layers:
         yield (

@@ -75,8 +75,15 @@ def complete(config: RunConfig, document: dict[str, Any]) -> dict[str, Any]:
         "run": config.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.model_dump(mode="json"),
-        "versions": {name: metadata.version(name) for name in REPORTED_VERSIONS},
+        "versions": {name: _version(name) for name in REPORTED_VERSIONS},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # a submitted job may carry the sources along instead
+        return None
 
 
 def headline(document: dict[str, Any]) -> dict[str, float]:

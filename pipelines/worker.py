@@ -20,7 +20,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import read, restore, write
 from cortex_core.eval.suite import Suite
 from cortex_core.tasks.corpus import Corpus, load_corpus
-from cortex_core.tasks.mixture import Mixture
+from cortex_core.tasks.mixture import Mixture, check_tasks
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training import checkpoint
 from cortex_core.training.batches import BatchSource
@@ -49,9 +49,8 @@ def train(config: RunConfig, edge: Edge) -> None:
     torch.set_num_threads(config.cluster.worker_threads)
     torch.manual_seed(config.seed)
     edge.report({"phase": 0.0}, None)
+    vocabulary, corpus = _words(config)
     model, shards = build(config)
-    tokenizer = load_tokenizer(config.backbone)
-    vocabulary, corpus = TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer)
     objective = replicate(ReadingLoss(model, config.training))
     learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
     backbone = fingerprint(model.backbone, shards.gathered)
@@ -70,15 +69,22 @@ def train(config: RunConfig, edge: Edge) -> None:
 def evaluate(config: RunConfig, edge: Edge, sidecars: Path) -> None:
     """Evaluate saved sidecars; the document is reported as a checkpoint."""
     torch.set_num_threads(config.cluster.worker_threads)
+    vocabulary, corpus = _words(config)
     model, shards = build(config)
-    tokenizer = load_tokenizer(config.backbone)
     restore(model.sidecars, read(sidecars), fingerprint(model.backbone, shards.gathered))
-    suite = _suite(config, edge, TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer))
-    document = suite.run(model) | {"backbone_parameters": shards.total_numel}
+    document = _suite(config, edge, vocabulary, corpus).run(model) | {"backbone_parameters": shards.total_numel}
     with tempfile.TemporaryDirectory() as scratch:
         if edge.rank == 0:
             (Path(scratch) / EVALUATION).write_text(json.dumps(document))
         edge.report({"phase": 3.0}, Path(scratch) if edge.rank == 0 else None)
+
+
+def _words(config: RunConfig) -> tuple[TaskVocabulary, Corpus]:
+    """What the tasks are made of; before anything expensive, because both come from the user. Raises user errors."""
+    tokenizer = load_tokenizer(config.backbone)
+    vocabulary, corpus = TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer)
+    check_tasks(config, vocabulary, corpus)
+    return vocabulary, corpus
 
 
 def build(config: RunConfig) -> tuple[Cortex, Shards]:

@@ -16,13 +16,16 @@ from cortex_core.eval.reach import padded
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import TaskVocabulary
+from pipelines.config import load_config
 
 README = Path(__file__).parent.parent / "README.md"
 BACKBONE, SIDECARS = "builtin:stdlib-1m", "builtin:stdlib-1m/sidecars"
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of one language; commands have none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 def test_the_python_runs_and_prints_what_it_says(
@@ -30,12 +33,20 @@ def test_the_python_runs_and_prints_what_it_says(
 ) -> None:
     shutil.copy(README, tmp_path)
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks()
+    (block,) = blocks("python")
     promised = re.findall(r'^print\(.*#\s+"(.*)"$', block, flags=re.MULTILINE)
     assert promised
     exec(compile(block, str(README), "exec"), {})
     assert capsys.readouterr().out.splitlines() == promised
     assert (tmp_path / "chat.safetensors").stat().st_size < 40_000
+
+
+def test_the_commands_are_valid_settings() -> None:
+    commands = re.findall(r"^.*(?:cortex train|pipelines\.train) (.*)$", "".join(blocks("")), flags=re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        recipe, *overrides = command.split()
+        load_config(recipe, overrides)
 
 
 @pytest.mark.parametrize("filler", ["text", "random"])

@@ -8,24 +8,22 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cortex_core.config import BackboneConfig
+from cortex_core.config import ASSETS, BUILTIN, BackboneConfig
 from cortex_core.errors import DataError, IncompatibleError
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def in_assets(name: str) -> Path:
     """The folder that a name means: `builtin:<folder>` lies inside the package."""
-    return ASSETS / name.removeprefix("builtin:") if name.startswith("builtin:") else Path(name)
+    return ASSETS / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name)
 
 
 def resolve_name(name: str) -> str:
     """`builtin:<folder>` to the folder inside the package; anything else as it is. Raises DataError."""
-    if not name.startswith("builtin:"):
+    if not name.startswith(BUILTIN):
         return name
     folder = in_assets(name)
     if not (folder / "config.json").is_file():
-        shipped = ", ".join(sorted(f"builtin:{p.parent.name}" for p in ASSETS.glob("*/config.json"))) or "none"
+        shipped = ", ".join(sorted(BUILTIN + p.parent.name for p in ASSETS.glob("*/config.json"))) or "none"
         raise DataError(f"backbone.name = {name}: no such model ships with this package. Shipped: {shipped}")
     return str(folder)
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cortex_core.backbone.load import ASSETS
-from cortex_core.config import DataConfig
+from cortex_core.config import ASSETS, DataConfig
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.pretrain import Pretraining
