@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch or ray are imported, and inherited by every process that a test starts.
 for name, value in {
@@ -14,6 +15,8 @@ for name, value in {
     "DO_NOT_TRACK": "1",
 }.items():
     os.environ.setdefault(name, value)
+# A shell that starts this in the background has Ctrl-C ignored, here and in every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ruff: noqa: E402
 import pytest
