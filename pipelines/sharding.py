@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cortex_core.backbone import load
-from cortex_core.config import BackboneConfig
+from cortex_core.backbone.attach import chosen_layers
+from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.errors import ConfigError
 from pipelines.residency import Peak, Residency
 
@@ -64,13 +65,19 @@ class Shards:
 
 
 def load_backbone(
-    backbone: BackboneConfig, *, stage: int, micro_batch: int = 1, offload: Literal["none", "cpu"] = "none"
+    backbone: BackboneConfig,
+    *,
+    stage: int,
+    micro_batch: int = 1,
+    offload: Literal["none", "cpu"] = "none",
+    memory: FastWeightsConfig | None = None,
 ) -> tuple[PreTrainedModel, Shards]:
     """The frozen backbone on this worker's device, and this rank's share of it.
 
     Stage 0 loads it whole. Stage 3 loads it split over the process group; without one it makes one of a
     single process. Every rank must call this together, and from then on every rank must make the same
-    sequence of calls to the model.
+    sequence of calls to the model. `memory` tells which layers will carry one: the others are gathered as a whole,
+    without a look at each module in them.
 
     Raises DataError, IncompatibleError: as `cortex_core.backbone.load.load_backbone`; ConfigError: a type
     that this machine cannot compute in.
@@ -96,6 +103,11 @@ def load_backbone(
     finally:
         unset_hf_deepspeed_config()
         del active
+    if memory is not None:
+        layers = decoder_layers(model)
+        for number in set(range(len(layers))) - {*chosen_layers(memory, len(layers))}:
+            # Gradients reach such a layer through its output alone: hooks of the modules below would only cost time.
+            layers[number]._z3_leaf = True  # type: ignore[assignment]
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return model.eval(), Shards(model, engine)
 

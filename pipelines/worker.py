@@ -89,7 +89,9 @@ def _words(config: RunConfig) -> tuple[TaskVocabulary, Corpus]:
 
 def build(config: RunConfig) -> tuple[Cortex, Shards]:
     """The backbone as this worker holds it, with new sidecars: equal on all workers, because the seed is."""
-    backbone, shards = load_backbone(config.backbone, stage=config.sharding.stage, offload=config.sharding.offload)
+    backbone, shards = load_backbone(
+        config.backbone, stage=config.sharding.stage, offload=config.sharding.offload, memory=config.fast_weights
+    )
     torch.manual_seed(config.seed)
     model = Cortex.attach(backbone, config.fast_weights, config.backbone.segment_tokens)
     if config.training.gradient_checkpointing:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cortex_core.config import BackboneConfig
+from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.errors import ConfigError, DataError
 from pipelines.sharding import Shards, load_backbone, replicate
 
@@ -95,12 +95,17 @@ def _checkpointing(backbone: Any, on: bool) -> None:
         backbone.activation_checkpointing_disable()
 
 
-def pair(folder: str) -> dict[str, Any]:
+def told(folder: str) -> dict[str, Any]:
+    """The same as `pair`, and it is known beforehand which layers have sidecars."""
+    return pair(folder, FastWeightsConfig(layers=(1, 2)))
+
+
+def pair(folder: str, memory: FastWeightsConfig | None = None) -> dict[str, Any]:
     """One of two ranks: every plan in every mode, against the same step on the whole batch without shards."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     config = BackboneConfig(name=folder)
-    sharded, shards = load_backbone(config, stage=3)
+    sharded, shards = load_backbone(config, stage=3, memory=memory)
     whole, unsplit = load_backbone(config, stage=0)
     stayed_normal = all(p.numel() > 0 for p in whole.parameters())
     reference, mine = WithSidecars(whole, seed=0), WithSidecars(sharded, seed=rank)
@@ -174,6 +179,6 @@ def _stack_depth() -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scene, model, out = sys.argv[1:]
-    Path(out).write_text(json.dumps({"pair": pair, "single": single}[scene](model)))
+    Path(out).write_text(json.dumps({"pair": pair, "told": told, "single": single}[scene](model)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

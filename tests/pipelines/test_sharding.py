@@ -64,9 +64,9 @@ def _run(scene: str, model: str, out: Path, ranks: int) -> list[dict[str, Any]]:
     return [json.loads((out / f"{scene}{rank}.json").read_text()) for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module")
-def ranks(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return _run("pair", tiny, tmp_path_factory.mktemp("pair"), 2)
+@pytest.fixture(scope="module", params=["pair", "told"])
+def ranks(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _run(request.param, tiny, tmp_path_factory.mktemp(request.param), 2)
 
 
 @pytest.mark.slow
