@@ -32,9 +32,11 @@ def launch(
     Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on Ctrl-C.
     """
     newest = run.newest_checkpoint()
+    # Ray finds its own, and removes them in time: a worker that is replaced later must not look for one that is gone.
+    without_ray = str(newest) if newest is not None and newest.name == LAST else None
     settings = {
         "job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None,
-        "newest_here": str(newest) if newest else None,
+        "without_ray": without_ray,
     }  # fmt: skip
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
@@ -74,26 +76,26 @@ def on_worker(settings: dict[str, Any]) -> None:
         checkpoint = None if folder is None else Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
 
-    newest_here = Path(settings["newest_here"]) if settings["newest_here"] else None
+    without_ray = Path(settings["without_ray"]) if settings["without_ray"] else None
     _do(
         settings,
-        worker.Edge(context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(newest_here)),
+        worker.Edge(context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(without_ray)),
     )
 
 
 @contextmanager
-def _last_checkpoint(newest_here: Path | None) -> Iterator[Path | None]:
-    """Ray's own last checkpoint, or one further on that another way of running the same attempt has left."""
+def _last_checkpoint(without_ray: Path | None) -> Iterator[Path | None]:
+    """Ray's own last checkpoint, or one further on that a part of the same attempt without Ray has left."""
     checkpoint = ray.train.get_checkpoint()
     with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
         known = None if folder is None else Path(folder)
-        if newest_here is None:
+        if without_ray is None:
             yield known
             return
-        if not newest_here.is_dir():
-            raise DataError(f"checkpoint {newest_here}: is not seen from {socket.gethostname()}; use a shared out_dir")
-        further = known is None or (step_of(newest_here) or 0) > (step_of(known) or 0)
-        yield newest_here if further else known
+        if not without_ray.is_dir():
+            raise DataError(f"checkpoint {without_ray}: is not seen from {socket.gethostname()}; use a shared out_dir")
+        further = known is None or (step_of(without_ray) or 0) > (step_of(known) or 0)
+        yield without_ray if further else known
 
 
 def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[UserCallback]) -> Path:
