@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from cortex_core.backbone import load
@@ -109,6 +110,7 @@ def load_backbone(
             # Gradients reach such a layer through its output alone: hooks of the modules below would only cost time.
             layers[number]._z3_leaf = True  # type: ignore[assignment]
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    functional.linear = _frozen_linear
     return model.eval(), Shards(model, engine)
 
 
@@ -132,6 +134,29 @@ def replicate(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, forward_sync_buffers=False)
 
 
+_linear = functional.linear
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear map that takes no gradient: holds its weight, not the data, which may be let go until the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].matmul(ctx.weight.to(grads[0].dtype)), None, None
+
+
+def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, which would keep gathered weights in memory between forward and backward."""
+    if weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+        return _linear(x, weight, bias)
+    return _FrozenLinear.apply(x, weight, bias)  # type: ignore[return-value]
+
+
 def _weights_dtype(backbone: BackboneConfig) -> str:
     """What `auto` will be: memory for the shards is laid out before the checkpoint is read."""
     if backbone.dtype == "fast":
@@ -153,6 +178,7 @@ def _zero3(dtype: str, micro_batch: int, offload: str) -> dict[str, Any]:
         "stage3_param_persistence_threshold": 0,  # no weight stays gathered, however small
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_reuse_distance": 0,
+        "memory_efficient_linear": False,  # `_frozen_linear` is, and does no more than frozen weights need
     }
     if offload == "cpu":
         stage_3["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -264,6 +264,13 @@ def has_checkpoint(config: RunConfig) -> bool:
     return any(config.cluster.storage_path is None or f"-{mine}-" in path.parent.name for path in snapshots)
 
 
+def checkpoints(config: RunConfig) -> Iterator[Path]:
+    """Folders of the checkpoints that Ray has for the run."""
+    storage = Path(config.cluster.storage_path or config.run_dir / "checkpoints")
+    mine = state(config)["mlflow_run_id"]
+    return storage.glob(f"*-{mine}-attempt-*/checkpoint_2*")
+
+
 @contextmanager
 def once(ready: Callable[[], bool], then: Callable[[], None], within_s: float = 600.0) -> Iterator[None]:
     """Meanwhile, in another thread: `then`, as soon as `ready`."""
@@ -334,6 +341,46 @@ def test_a_worker_that_is_killed_is_replaced(
     with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
         assert train.run(two) == 0
     assert killed and "starting the workers again" in capsys.readouterr().out
+    assert tiny.furthest(sidecars(two), reference) < 1e-4
+    logged_once(two, LONG)
+
+
+@pytest.mark.slow
+def test_a_worker_is_replaced_after_the_checkpoint_that_the_run_resumed_from_is_gone(
+    two: RunConfig, reference: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray keeps the last two checkpoints alone: what the second part began with is no longer there."""
+    ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    with once(lambda: has_checkpoint(two), ctrl_c), pytest.raises(KeyboardInterrupt):
+        train.run(two)
+    first = set(checkpoints(two))
+    assert first
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    with once(lambda: not first & set(checkpoints(two)) and bool(train_workers()), kill):
+        assert train.run(two) == 0
+    assert killed and "starting the workers again" in capsys.readouterr().out
+    assert tiny.furthest(sidecars(two), reference) < 1e-4
+    logged_once(two, LONG)
+
+
+@pytest.mark.slow
+def test_a_run_begun_without_ray_goes_on_with_it(two: RunConfig, reference: dict[str, Tensor]) -> None:
+    alone = tiny.run_config(
+        two.run_dir.parent,
+        **TWO | {"cluster__num_workers": 0, "sharding__stage": 0, "cluster__storage_path": two.cluster.storage_path},
+    )
+    with interrupted_in(6):
+        train.run(alone)
+    (run,) = in_mlflow(alone)
+    before = steps_of(alone, run)
+    assert 0 < len(before) < LONG
+    assert train.run(two) == 0
     assert tiny.furthest(sidecars(two), reference) < 1e-4
     logged_once(two, LONG)
 
