@@ -6,6 +6,7 @@ its documentation: unit, range, effect. Cross-field rules are validators named a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,12 +58,26 @@ class FastWeightsConfig(Settings):
     """Decoder layers that carry a memory, counted from 0; `auto` is one layer, a quarter of the way up."""
     rank: PositiveInt = 16
     """Dimensions of the key space per head. A head keeps about `rank` facts apart; state grows linearly with it."""
+    rule: Literal["delta", "hebbian", "source"] = "delta"
+    """How a token is written: `delta` corrects the error at its key; `hebbian` adds, against a decay that is gated by
+    the write and an anti-Hebbian term, and moves its own keys; `source` is the published rule, for comparison."""
     chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
-    """Tokens per step of the parallel form; also how often surprise is measured against a fresh state."""
+    """Tokens per step of the parallel form: a matter of speed alone."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
-    """What a fully written token leaves of the older state. A token that is not written leaves all of it."""
-    write_strength: Annotated[float, Field(gt=0.0)] = 1.0
-    """Largest step of the delta rule; 1 replaces what a key held. Below 2, or errors grow instead of shrinking."""
+    """What one tick leaves of the older state."""
+    time_scales: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] = (1.0,)
+    """Factors of the half-life that `decay` gives, which the heads take in turn: [0.1, 1, 10] is fast, medium, slow."""
+    decay_per: Literal["write", "token"] = "write"
+    """What counts as a tick: a full write (a token that is not written leaves all), or every token."""
+    learn_decay: bool = False
+    """Whether each head learns its decay, from the given one."""
+    write_strength: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest step of a write. Delta: 1 replaces what a key held; below 2, or errors grow instead of shrinking.
+    Hebbian and source: see the bound in the error message; the source has 0.05. 0 never writes."""
+    anti_hebbian_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Share of the state that the Hebbian rules' anti-Hebbian term takes per tick; the delta rule corrects instead."""
+    gate: Literal["hard", "soft", "none"] = "hard"
+    """The write gate: `hard` has a dead zone, `soft` is a sigmoid that is never quite 0, `none` writes every token."""
     dead_zone: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Gate activations (0 to 1) up to here write exactly nothing, so that a gap of any length costs nothing."""
     saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
@@ -75,14 +90,46 @@ class FastWeightsConfig(Settings):
     """Hidden units of the controller."""
     phase_period_tokens: PositiveInt = 512
     """Period of the phase signal sin(2 pi t / period)."""
+    uncertainty_threshold: Fraction = 0.9
+    """Uncertainty (0 to 1) above which the controller may not write strongly."""
+    uncertain_scale: Fraction = 0.5
+    """Largest write scale there."""
+    controller_test: Literal["none", "mean_gate", "shuffled_surprise"] = "none"
+    """For measuring what the controller is worth: its gate held at its mean, or told the surprise of other tokens."""
+
+    @property
+    def slowest_rate(self) -> float:
+        """Least -ln decay at which the rule is stable for any input (`hebbian_is_contractive`)."""
+        return 0.0 if self.rule == "delta" else max(0.0, self.write_strength - self.anti_hebbian_rate)
+
+    @model_validator(mode="after")
+    def hebbian_is_contractive(self) -> FastWeightsConfig:
+        """Along a unit key a write w multiplies the state by decay**w (1 + w (write_strength - anti_hebbian_rate))."""
+        rate = -math.log(self.decay) / max(self.time_scales)
+        if self.rule != "delta" and rate < self.slowest_rate:
+            raise ValueError(
+                f"write_strength = {self.write_strength} is beyond the stability bound of rule = {self.rule!r}: must be "
+                f"at most anti_hebbian_rate - ln(decay) / max(time_scales) = {self.anti_hebbian_rate + rate:.4f}, or the "
+                "state grows with every write. Lower write_strength or decay"
+            )
+        return self
 
     @model_validator(mode="after")
     def keys_are_contractive(self) -> FastWeightsConfig:
         """Along a unit key the error is multiplied by 1 - write_strength; it must not grow."""
-        if self.write_strength >= 2.0:
+        if self.rule == "delta" and self.write_strength >= 2.0:
             raise ValueError(
                 f"write_strength = {self.write_strength} is beyond the stability bound: along a unit key the error is "
                 "multiplied by 1 - write_strength each time. Choose a value below 2 (1 replaces what the key held)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def learned_decay_starts_below_1(self) -> FastWeightsConfig:
+        """A decay of 1 is an infinite half-life, from which no gradient leads away."""
+        if self.learn_decay and self.decay == 1.0:
+            raise ValueError(
+                "decay = 1.0 cannot be learned from: it never forgets. Start below 1, or learn_decay=false"
             )
         return self
 

@@ -151,19 +151,6 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def chunks_tile_a_segment(self) -> RunConfig:
-        """A segment is read in whole chunks."""
-        segment, chunk = self.backbone.segment_tokens, self.fast_weights.chunk_size
-        if segment % chunk:
-            below, above = segment // chunk * chunk, (segment // chunk + 1) * chunk
-            raise ValueError(
-                f"backbone.segment_tokens = {segment}: must be a multiple of fast_weights.chunk_size = {chunk}. Set "
-                f"backbone.segment_tokens={f'{below} or {above}' if below else above}, or "
-                f"fast_weights.chunk_size={math.gcd(segment, chunk)}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def questions_fit_the_window(self) -> RunConfig:
         """All lines of an example share one window; two where no in-window sequences are trained on.
 

@@ -142,9 +142,8 @@ def _batches(config: RunConfig, vocabulary: TaskVocabulary, corpus: Corpus) -> B
     windows = config.tasks.model_copy(update={"names": (*config.tasks.names, "corpus")})
     in_window = Mixture.from_config(windows, vocabulary, corpus, seed=config.seed + 1)
     needed = max(task.overhead_tokens(0, num_queries=config.tasks.num_queries) for task in long.tasks)
-    narrowest = -(-needed // config.fast_weights.chunk_size) * config.fast_weights.chunk_size
     return BatchSource(
-        long, in_window, config.tasks, config.training, config.backbone.segment_tokens, narrowest, config.seed
+        long, in_window, config.tasks, config.training, config.backbone.segment_tokens, needed, config.seed
     )
 
 

@@ -80,11 +80,8 @@ def _within_segment(model: Cortex, session: Session, going: Tensor, options: dic
     mask = index >= 0
     index = index.clamp_min(0)
     ids, reward = rows.input_ids.gather(1, index), rows.reward.gather(1, index) * mask
-    states = {layer: type(s)(*(part[going] for part in s)) for layer, s in session.states.items()}
-    memory = GenerationPass(
-        model.ports, states, Layout(1, mask, session.start_tokens[going], reward),
-        chunk_size=model.fast_weights.chunk_size,
-    )  # fmt: skip
+    states = {layer: state.map(lambda part: part[going]) for layer, state in session.states.items()}
+    memory = GenerationPass(model.ports, states, Layout(1, mask, session.start_tokens[going], reward))
     with attention_pass(memory):
         out = model.backbone.generate(input_ids=ids, attention_mask=mask.long(), **options)  # type: ignore[operator]
     return out[:, width:]

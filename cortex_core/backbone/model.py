@@ -138,7 +138,9 @@ class Cortex(nn.Module):
         """An empty memory for `batch_size` independent readers."""
         device = self.backbone.device
         start = torch.zeros(batch_size, dtype=torch.long, device=device)
-        return Session(self.empty_states(batch_size), Rows.empty(batch_size, device), start, self.identity())
+        rows = Rows.empty(batch_size, device)
+        with torch.no_grad():
+            return Session(self.empty_states(batch_size), rows, start, self.identity(), self.empty_states(1))
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session that a model with the same fingerprints has saved. Raises DataError, IncompatibleError."""
@@ -262,7 +264,7 @@ def _window(backbone: PreTrainedModel) -> int:
 
 
 def _check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, backbone: PreTrainedModel) -> None:
-    """A head's memory is of low rank: no wider than the head. Segments fit the window, chunks tile segments."""
+    """A head's memory is of low rank: no wider than the head. Segments fit the window."""
     if config.rank > head_dim:
         raise ConfigError(
             f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most "
@@ -271,9 +273,4 @@ def _check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, 
     if segment_tokens > _window(backbone):
         raise ConfigError(
             f"backbone.segment_tokens = {segment_tokens} exceeds the backbone's window of {_window(backbone)} tokens"
-        )
-    if segment_tokens % config.chunk_size:
-        raise ConfigError(
-            f"backbone.segment_tokens = {segment_tokens} is not a multiple of fast_weights.chunk_size = "
-            f"{config.chunk_size}: chunks must tile a segment"
         )

@@ -24,8 +24,8 @@ class MemoryPass:
     """Attention module to (layer number, sidecar)."""
     states: States
     layout: Layout
-    snapshot_chunk: Int[Tensor, " batch"] | None = None
-    """Chunk, counted from the first token, at whose start each row's state is kept in `snapshots`."""
+    snapshot_segment: Int[Tensor, " batch"] | None = None
+    """Segment, counted from the first, at whose start each row's state is kept in `snapshots`."""
     read_last: bool = True
     """Whether the last memory layer's read is needed; False when only the state is."""
     final: States = field(default_factory=dict)
@@ -52,7 +52,7 @@ class MemoryPass:
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
         wanted = self.read_last or layer != max(number for number, _ in self.sidecars.values())
         reading, self.snapshots[layer] = sidecar(
-            tokens, self.states[layer], snapshot_chunk=self.snapshot_chunk, read=wanted
+            tokens, self.states[layer], snapshot_segment=self.snapshot_segment, read=wanted
         )
         return reading
 
@@ -67,6 +67,7 @@ class MemoryPass:
             positions=layout.positions(),
             reward=layout.to_sequences(layout.reward),
             place=self._place(hidden),
+            segment_tokens=hidden.shape[1],
         )
 
     def _place(self, hidden: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ class MemoryPass:
 class GenerationPass(MemoryPass):
     """The calls of one generation: the open segment with its cache, then token by token, the state carried along."""
 
-    chunk_size: int = 1
+    anchors: States = field(default_factory=dict)
+    """Per layer, the state at the start of the open segment."""
     context: dict[int, Tensor] = field(default_factory=dict)
     """Per layer, its input at the last few tokens."""
 
@@ -103,12 +105,9 @@ class GenerationPass(MemoryPass):
         before, taps = self.context.get(layer), sidecar.config.taps - 1
         if before is not None:
             self.context[layer] = torch.cat([before, tokens.hidden], dim=1)[:, -taps:] if taps else before
-            return sidecar(tokens._replace(before=before), self.states[layer], stepwise=True)[0]
-        lengths = tokens.valid.sum(1)
-        self.context[layer] = _last(tokens.hidden, lengths, taps)
-        reading, anchor = sidecar(tokens, self.states[layer], snapshot_chunk=lengths // self.chunk_size)
-        state = FastWeights(reading.final_state.up, anchor.up, lengths % self.chunk_size)
-        return reading._replace(final_state=state)
+            return sidecar(tokens._replace(before=before), self.states[layer], anchor=self.anchors[layer])[0]
+        self.context[layer], self.anchors[layer] = _last(tokens.hidden, tokens.valid.sum(1), taps), self.states[layer]
+        return sidecar(tokens, self.states[layer])[0]
 
 
 def _last(x: Tensor, lengths: Tensor, count: int) -> Tensor:

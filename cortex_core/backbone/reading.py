@@ -28,7 +28,7 @@ def read_segments(
     states: States,
     *,
     predict: bool | Bool[Tensor, "batch segments width"],
-    snapshot_chunk: Int[Tensor, " batch"] | None = None,
+    snapshot_segment: Int[Tensor, " batch"] | None = None,
 ) -> tuple[Tensor | None, MemoryPass]:
     """One backbone call over all segments of all rows.
 
@@ -38,7 +38,7 @@ def read_segments(
     batch, segments, width = input_ids.shape
     flat = input_ids.reshape(batch * segments, width)
     nowhere = predict is False
-    memory = model.listen(layout, states, snapshot_chunk=snapshot_chunk, read_last=not nowhere)
+    memory = model.listen(layout, states, snapshot_segment=snapshot_segment, read_last=not nowhere)
     mask = None if bool(layout.valid.all()) else layout.valid.long()
     with attention_pass(memory):
         if nowhere:
@@ -72,10 +72,10 @@ def advance(
         predict = (first + count) * width > first_kept
         logits, last_pass = _read_block(model, padded, session, states, closed, first, count, predict=predict)
         states = last_pass.final
-        boundary = _where(closed >= first, last_pass.snapshots, boundary)
+        boundary = {n: FastWeights.where(closed >= first, last_pass.snapshots[n], boundary[n]) for n in boundary}
         if logits is not None:
             kept.append((first * width, logits))
-    session.states = {layer: FastWeights.at_chunk_start(state.up.detach()) for layer, state in boundary.items()}
+    session.states = {layer: state.detach() for layer, state in boundary.items()}
     session.open_rows = rows.after(closed * width)
     session.start_tokens = session.start_tokens + closed * width
     assert last_pass is not None
@@ -92,16 +92,8 @@ def _read_block(model, padded, session, states, closed, first, count, *, predict
         session.start_tokens + first * width,
         padded.reward[:, now].reshape(flat),
     )
-    chunks = model.segment_tokens // model.fast_weights.chunk_size
     ids = padded.input_ids[:, now].view(session.batch_size, count, width)
-    return read_segments(
-        model, ids, layout, states, predict=predict, snapshot_chunk=(closed - first) * chunks
-    )  # fmt: skip
-
-
-def _where(rows: Tensor, yes: States, no: States) -> States:
-    select = rows[:, None, None, None]
-    return {n: FastWeights.at_chunk_start(torch.where(select, yes[n].up, no[n].up)) for n in yes}
+    return read_segments(model, ids, layout, states, predict=predict, snapshot_segment=closed - first)
 
 
 def _kept_logits(kept: list[tuple[int, Tensor]], lengths: Tensor, keep: Tensor, model: Cortex) -> Tensor:

@@ -28,7 +28,12 @@ class Session:
     """The memory of a batch of independent readers. Made by `Cortex.new_session`, advanced by its calls."""
 
     def __init__(
-        self, states: States, open_rows: Rows, start_tokens: Int[Tensor, " batch"], identity: dict[str, str]
+        self,
+        states: States,
+        open_rows: Rows,
+        start_tokens: Int[Tensor, " batch"],
+        identity: dict[str, str],
+        empty: States,
     ) -> None:
         self.states = states
         """Per memory layer, the state at the start of the open segment."""
@@ -38,6 +43,8 @@ class Session:
         """Tokens read before the open segment, per row."""
         self.identity = identity
         """Fingerprints of the backbone and the sidecars that the state belongs to."""
+        self.empty = empty
+        """Per memory layer, the state of one row that has read nothing."""
 
     @property
     def batch_size(self) -> int:
@@ -51,24 +58,29 @@ class Session:
     @property
     def num_bytes(self) -> int:
         """Size of the state and the open segment, in bytes."""
-        tensors = [*(s.up for s in self.states.values()), *self.open_rows, self.start_tokens]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = [*self.open_rows, self.start_tokens]
+        return sum(s.num_bytes for s in self.states.values()) + sum(t.numel() * t.element_size() for t in tensors)
 
     def fork(self) -> Session:
         """An independent copy: both go on from here without touching each other. Costs nothing: states are values."""
-        return Session(dict(self.states), self.open_rows, self.start_tokens, self.identity)
+        return Session(dict(self.states), self.open_rows, self.start_tokens, self.identity, self.empty)
 
     def reset(self) -> None:
         """Forget everything: the session is as new."""
         batch, device = self.batch_size, self.start_tokens.device
-        self.states = {layer: FastWeights.at_chunk_start(torch.zeros_like(s.up)) for layer, s in self.states.items()}
+        self.states = {layer: s.map(lambda part: part.expand(batch, -1, -1, -1)) for layer, s in self.empty.items()}
         self.open_rows = Rows.empty(batch, device)
         self.start_tokens = torch.zeros_like(self.start_tokens)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; an existing one is replaced only once the new one is whole."""
         path = Path(path)
-        tensors = {f"layer.{layer}.up": state.up for layer, state in self.states.items()}
+        tensors = {
+            f"layer.{layer}.{name}": part
+            for layer, state in self.states.items()
+            for name, part in state._asdict().items()
+            if part is not None
+        }
         tensors |= {f"open.{name}": value for name, value in self.open_rows._asdict().items()}
         tensors["start_tokens"] = self.start_tokens
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -98,9 +110,9 @@ def load_session(path: str | Path, like: Session, segment_tokens: int, vocab_siz
     _check_values(path, tensors, vocab_size)
     device = like.start_tokens.device
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    states = {layer: FastWeights.at_chunk_start(tensors[f"layer.{layer}.up"]) for layer in like.states}
+    states = {n: FastWeights(tensors[f"layer.{n}.up"], tensors.get(f"layer.{n}.down")) for n in like.states}
     rows = Rows(tensors["open.input_ids"], tensors["open.reward"], tensors["open.lengths"])
-    return Session(states, rows, tensors["start_tokens"], like.identity)
+    return Session(states, rows, tensors["start_tokens"], like.identity, like.empty)
 
 
 def _check_identity(path: str | Path, found: str, expected: dict[str, str]) -> None:
@@ -122,7 +134,12 @@ def _check_tensors(path: str | Path, tensors: dict[str, Tensor], like: Session, 
         raise DataError(f"session file {path}: start_tokens is missing; it is damaged, start a new session")
     batch = len(tensors["start_tokens"])
     open_tokens = tensors["open.input_ids"].shape[-1] if "open.input_ids" in tensors else 0
-    expected = {f"layer.{layer}.up": ((batch, *s.up.shape[1:]), s.up.dtype) for layer, s in like.states.items()}
+    expected = {
+        f"layer.{layer}.{name}": ((batch, *part.shape[1:]), part.dtype)
+        for layer, state in like.states.items()
+        for name, part in state._asdict().items()
+        if part is not None
+    }
     expected |= {
         "open.input_ids": ((batch, open_tokens), torch.int64),
         "open.reward": ((batch, open_tokens), torch.float32),

@@ -1,4 +1,7 @@
-"""The plasticity controller: surprise, uncertainty, reward and phase decide when, and how strongly, to write."""
+"""The plasticity controller: surprise, uncertainty, reward and phase decide when, and how strongly, to write.
+
+Where uncertainty is high it may not write strongly, whatever the other signals say: noise would be kept.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ class Controller(nn.Module):
 
     def __init__(self, config: FastWeightsConfig) -> None:
         super().__init__()
+        self.config = config
         self.hidden = nn.Linear(NUM_SIGNALS, config.controller_hidden)
         self.out = nn.Linear(config.controller_hidden, 2)
         # Starts open (sigmoid(3) = .95) and indifferent: the signals earn their influence.
@@ -41,7 +45,17 @@ class Controller(nn.Module):
         phase: Float[Tensor, "batch tokens"],
     ) -> Plasticity:
         """Signals of some tokens to their plasticity."""
+        if self.config.controller_test == "shuffled_surprise":
+            surprise = surprise[:, :, _shuffled(surprise.shape[2]).to(surprise.device)]
         shared = [signal[:, None].expand_as(surprise) for signal in (reward, phase)]
         signals = torch.stack([surprise, uncertainty, *shared], dim=-1)
         gate, scale = torch.sigmoid(self.out(torch.tanh(self.hidden(signals)))).unbind(-1)
-        return Plasticity(gate, scale)
+        if self.config.controller_test == "mean_gate":
+            gate = gate.mean(dim=(0, 2), keepdim=True).expand_as(gate)
+        uncertain = uncertainty > self.config.uncertainty_threshold
+        return Plasticity(gate, torch.where(uncertain, scale.clamp_max(self.config.uncertain_scale), scale))
+
+
+def _shuffled(tokens: int) -> Tensor:
+    """An order of `tokens`, always the same."""
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))

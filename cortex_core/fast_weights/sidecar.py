@@ -7,14 +7,16 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cortex_core.config import FastWeightsConfig
 from cortex_core.fast_weights import signals
 from cortex_core.fast_weights.address import Addresses
-from cortex_core.fast_weights.chunk import delta_scan
+from cortex_core.fast_weights.chunk import scan
 from cortex_core.fast_weights.controller import Controller
+from cortex_core.fast_weights.decay import Decay
 from cortex_core.fast_weights.gate import TappedGate, hard_gate
-from cortex_core.fast_weights.rules import delta_rule
+from cortex_core.fast_weights.rules import Dose, Rule, step_by_step
 from cortex_core.fast_weights.state import FastWeights
 
 
@@ -29,6 +31,8 @@ class LayerTokens(NamedTuple):
     reward: Float[Tensor, "batch tokens"]
     place: Int[Tensor, "batch tokens"]
     """Tokens between the start of the segment and this one."""
+    segment_tokens: int
+    """Width of the segments that these tokens are, the last of which may be short."""
     before: Float[Tensor, "batch context hidden"] | None = None
     """`hidden` of the few tokens before these, where a call goes on within a segment; zeros before its start."""
 
@@ -56,77 +60,127 @@ class Reading(NamedTuple):
 
 
 class Sidecar(nn.Module):
-    """Gated delta-rule memory of one layer. Parameters float32; adds exactly 0 until `output_gate` is trained."""
+    """The memory of one layer. Parameters float32; adds exactly 0 until `output_gate` is trained."""
 
     def __init__(self, shape: LayerShape, config: FastWeightsConfig) -> None:
         super().__init__()
         self.shape, self.config = shape, config
-        self.addresses = Addresses(shape.hidden, shape.heads, config.rank, config.taps)
+        source = config.rule == "source"
+        self.addresses = Addresses(shape.hidden, shape.heads, shape.head_dim if source else config.rank, config.taps)
+        self.decay = Decay(config, shape.heads)
+        # The source's own start, zero, could never be written: whatever is written goes through it.
+        self.initial_down = nn.Parameter(_orthogonal(shape, config.rank)) if source else None
         # Just open: a gradient everywhere, and writes too weak to overwrite one another.
-        self.write_gate = TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.05))
+        gates = config.gate != "none"
+        self.write_gate = (
+            TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.05)) if gates else None
+        )
         self.read_gate = TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.25))
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
 
     def empty_state(self, batch: int) -> FastWeights:
         """A memory that holds nothing."""
-        s = self.shape
-        return FastWeights.zeros(batch, s.heads, self.config.rank, s.value_dim, self.output_gate.device)
+        s, rank, device = self.shape, self.config.rank, self.output_gate.device
+        empty = FastWeights.zeros(batch, s.heads, rank, s.value_dim, device)
+        if self.initial_down is not None:
+            return empty._replace(down=self.initial_down.expand(batch, -1, -1, -1))
+        if self.config.rule == "hebbian":
+            return empty._replace(down=torch.zeros(batch, s.heads, rank, rank, device=device))
+        return empty
+
+    def rule(self) -> Rule:
+        """The recurrence with the constants that the parameters now give."""
+        config, log_decay = self.config, self.decay()
+        if config.rule == "delta":
+            return Rule(log_decay)
+        source = config.rule == "source"
+        return Rule(log_decay, hebbian=True, anti_hebbian=config.anti_hebbian_rate, slow=not source, clamp=source)
 
     def forward(
         self,
         tokens: LayerTokens,
         initial_state: FastWeights,
         *,
-        snapshot_chunk: Int[Tensor, " batch"] | None = None,
+        snapshot_segment: Int[Tensor, " batch"] | None = None,
         read: bool = True,
-        stepwise: bool = False,
+        anchor: FastWeights | None = None,
     ) -> tuple[Reading, FastWeights]:
-        """Read `tokens` from `initial_state`. Returns the reading and the state at the start of `snapshot_chunk`.
+        """Read `tokens` from `initial_state`. Returns the reading and the state at the start of `snapshot_segment`.
 
-        `stepwise` runs token by token from any state (generation); otherwise the first token opens a chunk. All of it
-        in float32, also under autocast.
+        With an `anchor`, the state at the start of the open segment, token by token (generation); otherwise the first
+        token opens a segment. All of it in float32, also under autocast.
         """
         with torch.autocast(tokens.hidden.device.type, enabled=False):
-            return self._read(tokens, initial_state, snapshot_chunk, read, stepwise)
+            return self._read(tokens, initial_state, snapshot_segment, read, anchor)
 
-    def _read(self, tokens, initial_state, snapshot_chunk, read, stepwise):  # noqa: ANN001, ANN202
+    def _read(self, tokens, initial_state, snapshot_segment, read, anchor):  # noqa: ANN001, ANN202
         config = self.config
         new, values = tokens.hidden.shape[1], tokens.values.float()
+        if config.rule == "source":
+            values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
         hidden, place = _with_context(tokens, config.taps)
         keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, place, read=read))
-        activation = self.write_gate(hidden, place)[:, :, -new:]
-        uncertainty = signals.uncertainty(tokens.attended.float(), values)
-        phase = signals.phase(tokens.positions, config.phase_period_tokens)
-        modulated: list[Tensor] = []
-        surprises: list[Tensor] = []
-
-        def write_gate(surprise: Tensor, now: slice) -> Tensor:
-            gate, scale = activation[:, :, now], 1.0
-            if self.controller is not None:
-                plasticity = self.controller(surprise, uncertainty[:, :, now], tokens.reward[:, now], phase[:, now])
-                gate, scale = gate * plasticity.gate, plasticity.scale
-            modulated.append(gate)
-            surprises.append(surprise)
-            opened = hard_gate(gate, config.dead_zone, config.saturation) * scale * config.write_strength
-            return opened * tokens.valid[:, None, now]
-
-        if stepwise:
-            out, final = delta_rule(keys, queries, values, write_gate, config.decay, initial_state, config.chunk_size)
-            snapshot, write = final, torch.zeros_like(activation)
+        gate = _Gate(self, tokens, hidden, place, values)
+        rule = self.rule()
+        if anchor is not None:
+            out, final = step_by_step(rule, keys, queries, values, gate, initial_state, anchor)
+            snapshot, write = final, torch.zeros_like(gate.modulated)
+            surprises = torch.cat(gate.surprises, dim=2) if gate.surprises else write
         else:
-            scan = delta_scan(
-                keys, queries, values, write_gate, config.decay, initial_state.up, config.chunk_size,
-                snapshot_chunk=snapshot_chunk, read=read,
+            result = scan(
+                rule, keys, queries, values, gate, initial_state, tokens.segment_tokens, config.chunk_size,
+                snapshot_segment=snapshot_segment, read=read,
             )  # fmt: skip
-            out, write = scan.outputs, scan.write
-            final, snapshot = FastWeights.at_chunk_start(scan.final), FastWeights.at_chunk_start(scan.snapshot)
+            out, write, surprises, final, snapshot = result
         added = None
         if out is not None:
-            opened = self.read_gate(hidden, place)[:, :, -new:]
-            asked = hard_gate(opened, config.dead_zone, config.saturation)
+            asked = hard_gate(self.read_gate(hidden, place)[:, :, -new:], config.dead_zone, config.saturation)
             added = self.output_gate[:, None, None] * asked[..., None] * out
-        return Reading(added, final, write, torch.cat(surprises, dim=2), torch.cat(modulated, dim=2)), snapshot
+            if rule.hebbian:  # what it holds is in units of the write strength
+                added = added / config.write_strength
+        return Reading(added, final, write, surprises, gate.modulated), snapshot
+
+
+class _Gate:
+    """The write gate of one pass: what the layer sees, modulated by what the controller is told."""
+
+    def __init__(self, sidecar: Sidecar, tokens: LayerTokens, hidden: Tensor, place: Tensor, values: Tensor) -> None:
+        self.config, self.controller, self.tokens = sidecar.config, sidecar.controller, tokens
+        self.needs_surprise = self.controller is not None
+        new = tokens.hidden.shape[1]
+        opened = torch.ones(values.shape[:-1], device=values.device)
+        self.activation = opened if sidecar.write_gate is None else sidecar.write_gate(hidden, place)[:, :, -new:]
+        self.uncertainty = signals.uncertainty(tokens.attended.float(), tokens.values.float())
+        self.phase = signals.phase(tokens.positions, self.config.phase_period_tokens)
+        self.surprises: list[Tensor] = []
+        self._modulated: list[Tensor] = []
+
+    def __call__(self, surprise: Tensor | None, now: slice) -> Dose:
+        config, valid = self.config, self.tokens.valid[:, None, now]
+        gate, scale = self.activation[:, :, now], 1.0
+        if self.controller is not None:
+            assert surprise is not None
+            plasticity = self.controller(
+                surprise, self.uncertainty[:, :, now], self.tokens.reward[:, now], self.phase[:, now]
+            )
+            gate, scale = gate * plasticity.gate, plasticity.scale
+            self.surprises.append(surprise)
+        self._modulated.append(gate)
+        opened = hard_gate(gate, config.dead_zone, config.saturation) if config.gate == "hard" else gate
+        opened = opened * scale * valid
+        ticks = opened if config.decay_per == "write" else valid.expand_as(opened).to(opened.dtype)
+        return Dose(opened * config.write_strength, ticks)
+
+    @property
+    def modulated(self) -> Tensor:
+        """The activation after the controller, of all tokens."""
+        return torch.cat(self._modulated, dim=2)
+
+
+def _orthogonal(shape: LayerShape, rank: int) -> Tensor:
+    """Per head, a [head_dim, rank] map with orthonormal columns."""
+    return torch.linalg.qr(torch.randn(shape.heads, shape.head_dim, rank))[0].contiguous()
 
 
 def _with_context(tokens: LayerTokens, taps: int) -> tuple[Tensor, Tensor]:

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 class FastWeights(NamedTuple):
-    """What one layer remembers, float32: a read is `query @ up`, with the query in the layer's rank-R key space."""
+    """What one layer remembers, float32. With the delta rule a read is `query @ up`; with the Hebbian rules the way
+    into the key space moves as well, and a read is `query @ (slow + down) @ up`."""
 
     up: Float[Tensor, "batch heads rank head_dim"]
     """The values that the key space now holds (V in the source)."""
-    anchor: Float[Tensor, "batch heads rank head_dim"]
-    """`up` as it stood at the start of the current chunk: what surprise is measured against."""
-    offset: Int[Tensor, " batch"]
-    """Tokens read since that start. 0: the next token opens a chunk, and `anchor` no longer matters."""
-
-    @classmethod
-    def at_chunk_start(cls, up: Float[Tensor, "batch heads rank head_dim"]) -> FastWeights:
-        """A state whose next token opens a chunk, as at every segment boundary."""
-        return cls(up, up, torch.zeros(up.shape[0], dtype=torch.long, device=up.device))
+    down: Float[Tensor, "batch heads key_dim rank"] | None = None
+    """What was added to the way into the key space (U in the source); None for the delta rule."""
 
     @classmethod
     def zeros(cls, batch: int, heads: int, rank: int, head_dim: int, device: torch.device | None = None) -> FastWeights:
         """An empty memory. Writable from the start, because the map into the key space is a parameter, not state."""
-        return cls.at_chunk_start(torch.zeros(batch, heads, rank, head_dim, device=device))
+        return cls(torch.zeros(batch, heads, rank, head_dim, device=device))
+
+    @classmethod
+    def where(cls, rows: Bool[Tensor, " batch"], yes: FastWeights, no: FastWeights) -> FastWeights:
+        """Row by row, one state or the other."""
+        select = rows[:, None, None, None]
+        return yes.zip(no, lambda a, b: torch.where(select, a, b))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FastWeights:
+        """The same change to every part."""
+        return FastWeights(change(self.up), None if self.down is None else change(self.down))
+
+    def zip(self, other: FastWeights, join: Callable[[Tensor, Tensor], Tensor]) -> FastWeights:
+        """Part by part with another state of the same rule."""
+        down = None if self.down is None or other.down is None else join(self.down, other.down)
+        return FastWeights(join(self.up, other.up), down)
+
+    def detach(self) -> FastWeights:
+        """Cut off from the graph."""
+        return self.map(Tensor.detach)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one state of this batch, in bytes."""
+        return sum(part.numel() * part.element_size() for part in self if part is not None)

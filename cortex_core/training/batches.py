@@ -25,7 +25,7 @@ class BatchSource:
     training: TrainingConfig
     segment_tokens: int
     narrowest: int = 1
-    """Narrowest segment of the curriculum: room for all facts and questions of a sequence, in whole chunks."""
+    """Narrowest segment of the curriculum: room for all facts and questions of a sequence."""
     seed: int = 0
 
     def shape(self, step: int) -> tuple[int, int]:

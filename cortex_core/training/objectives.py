@@ -17,7 +17,6 @@ from cortex_core.backbone.reading import read_segments
 from cortex_core.backbone.segments import Layout
 from cortex_core.config import TrainingConfig
 from cortex_core.fast_weights.gate import margin_penalty
-from cortex_core.fast_weights.state import FastWeights
 
 KL_STRIDE = 4
 
@@ -102,7 +101,7 @@ class ReadingLoss(nn.Module):
             bare = self.model.backbone(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         # In proportion, not in turn: so that a share of the batch pairs windows with the rows that the whole would.
         rows = torch.arange(len(ids), device=ids.device) * len(batch.input_ids) // len(ids)
-        other = {n: FastWeights.at_chunk_start(s.up.detach()[rows]) for n, s in states.items()}
+        other = {n: s.map(lambda part: part.detach()[rows]) for n, s in states.items()}
         layout = Layout.plain(ids[:, None], batch.input_ids[0].numel())
         logits, _ = read_segments(self.model, ids[:, None], layout, other, predict=wanted[:, None])
         assert logits is not None
@@ -142,4 +141,4 @@ def _state_norm(states: States) -> Tensor:
 
 
 def _detached(states: States) -> States:
-    return {n: FastWeights(*(part.detach() for part in s)) for n, s in states.items()}
+    return {n: s.detach() for n, s in states.items()}

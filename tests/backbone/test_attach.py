@@ -82,7 +82,6 @@ def test_attention_outside_the_interface_is_refused_by_name() -> None:
     ("settings", "segment", "message"),
     [
         ({"rank": 9}, 32, "rank = 9 exceeds .* head_dim = 8: choose at most 8, a memory is no wider"),
-        ({"rank": 8, "chunk_size": 24}, 32, "segment_tokens = 32 is not a multiple of .*chunk_size = 24"),
         ({"rank": 8, "chunk_size": 8}, 128, "segment_tokens = 128 exceeds the backbone's window of 64"),
         ({"rank": 8, "layers": (3,)}, 64, r"layers = \[3\]: the backbone has layers 0 to 2"),
     ],

@@ -9,6 +9,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from cortex_core.fast_weights import chunk
+from cortex_core.fast_weights.state import FastWeights
 from tests.benchmarks.rows import scan
 
 
@@ -37,7 +39,8 @@ def test_scan_without_gradients(benchmark: BenchmarkFixture) -> None:
     inputs = {name: value.detach() for name, value in scan.streams(4096).items()}
     keys, queries, values, gate, up = inputs.values()
     with torch.no_grad():
-        benchmark(scan.delta_scan, keys, queries, values, scan.gate_of(gate), scan.DECAY, up, scan.CHUNK_SIZE)
+        state, opening = FastWeights(up), scan.Opening(gate)
+        benchmark(chunk.scan, scan.RULE, keys, queries, values, opening, state, scan.SEGMENT, scan.CHUNK_SIZE)
 
 
 def test_oracle(benchmark: BenchmarkFixture) -> None:

@@ -35,6 +35,7 @@ def tokens() -> LayerTokens:
         positions=positions,
         reward=torch.zeros(BATCH, TOKENS),
         place=positions,
+        segment_tokens=TOKENS,
     )
 
 
@@ -43,7 +44,8 @@ def test_autocast_changes_no_bit(stepwise: bool) -> None:
     memory, found = sidecar(), []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            reading, _ = memory(tokens(), memory.empty_state(BATCH), stepwise=stepwise)
+            empty = memory.empty_state(BATCH)
+            reading, _ = memory(tokens(), empty, anchor=empty if stepwise else None)
         assert reading.added is not None and reading.added.any() and reading.final_state.up.any()
         found.append((reading.added, reading.final_state.up))
     (added, state), (cast_added, cast_state) = found

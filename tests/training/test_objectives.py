@@ -56,7 +56,7 @@ def plain_kl(model: Cortex, batch: Batch, memory: MemoryPass) -> Tensor:
     total = torch.zeros(())
     for number, (ids, asked) in enumerate(zip(batch.in_window_ids, batch.in_window_answer, strict=True)):
         row = number * ROWS // len(batch.in_window_ids)
-        state = {n: FastWeights.at_chunk_start(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
+        state = {n: FastWeights(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
         layout = Layout.plain(ids[None, None], SEGMENTS * SEGMENT)
         with_memory, _ = read_segments(model, ids[None, None], layout, state, predict=True)
         with model.memory(False):
@@ -196,7 +196,7 @@ def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant(
     old, new = batch.input_ids[:, : SEGMENTS - 3], batch.input_ids[:, SEGMENTS - 3 :]
     with torch.no_grad():
         _, memory = plain_reading(model, old)
-    start = {n: FastWeights.at_chunk_start(s.up) for n, s in memory.final.items()}
+    start = {n: FastWeights(s.up) for n, s in memory.final.items()}
     layout = Layout.plain(new, old[0].numel())
     logits, _ = read_segments(model, new, layout, start, predict=True)
     assert logits is not None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cortex_core.config import FastWeightsConfig
-from cortex_core.fast_weights.chunk import delta_scan
-from cortex_core.fast_weights.rules import WriteGate, delta_rule
+from cortex_core.config import BackboneConfig, FastWeightsConfig
+from cortex_core.fast_weights import chunk
+from cortex_core.fast_weights.rules import Dose, Rule, step_by_step
 from cortex_core.fast_weights.state import FastWeights
 
 BATCH, HEADS, TOKENS, HEAD_DIM, RANK = 2, 4, 1024, 64, 16
-CHUNK_SIZE, DECAY = FastWeightsConfig().chunk_size, FastWeightsConfig().decay
+CHUNK_SIZE, SEGMENT = FastWeightsConfig().chunk_size, BackboneConfig().segment_tokens
+RULE = Rule(torch.full((HEADS,), math.log(0.98)))
 
 
 def streams(tokens: int, batch: int = BATCH) -> dict[str, Tensor]:
@@ -30,22 +33,31 @@ def streams(tokens: int, batch: int = BATCH) -> dict[str, Tensor]:
     return {name: value.requires_grad_() for name, value in drawn.items()}
 
 
-def gate_of(gate: Tensor) -> WriteGate:
-    """Open where the memory was wrong, exactly 0 for about half of the tokens."""
-    return lambda surprise, now: (gate[:, :, now] + surprise - 0.5).clamp(0, 1)
+@dataclass
+class Opening:
+    """Open where the memory was wrong, or by the token alone; exactly 0 for about half of the tokens."""
+
+    gate: Tensor
+    needs_surprise: bool = True
+
+    def __call__(self, surprise: Tensor | None, now: slice) -> Dose:
+        wrong = surprise if self.needs_surprise and surprise is not None else 0.5
+        opened = (self.gate[:, :, now] + wrong - 0.5).clamp(0, 1)
+        return Dose(opened, opened)
 
 
-def oracle(inputs: dict[str, Tensor]) -> None:
+def oracle(inputs: dict[str, Tensor], *, needs_surprise: bool = True) -> None:
     """Token by token, forward and backward."""
     keys, queries, values, gate, up = inputs.values()
-    start = FastWeights.at_chunk_start(up)
-    out, state = delta_rule(keys, queries, values, gate_of(gate), DECAY, start, CHUNK_SIZE)
+    start = FastWeights(up)
+    out, state = step_by_step(RULE, keys, queries, values, Opening(gate, needs_surprise), start, start)
     torch.autograd.grad(out.square().mean() + state.up.square().mean(), [*inputs.values()])
 
 
-def scan(inputs: dict[str, Tensor], chunk_size: int = CHUNK_SIZE) -> None:
+def scan(inputs: dict[str, Tensor], chunk_size: int = CHUNK_SIZE, *, needs_surprise: bool = True) -> None:
     """Chunk by chunk, forward and backward."""
     keys, queries, values, gate, up = inputs.values()
-    result = delta_scan(keys, queries, values, gate_of(gate), DECAY, up, chunk_size)
+    opening = Opening(gate, needs_surprise)
+    result = chunk.scan(RULE, keys, queries, values, opening, FastWeights(up), SEGMENT, chunk_size)
     assert result.outputs is not None
-    torch.autograd.grad(result.outputs.square().mean() + result.final.square().mean(), [*inputs.values()])
+    torch.autograd.grad(result.outputs.square().mean() + result.final.up.square().mean(), [*inputs.values()])
