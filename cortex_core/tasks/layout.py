@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from cortex_core.tasks.filler import Filler
 from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 
 SPLIT_CODES = {"train": 0, "held_out": 1}
+_POOL_STREAM = 4
+_PLACE_STREAM = 5
 
 
 class Example(NamedTuple):
@@ -50,32 +53,93 @@ class TextTask(ABC):
     """
 
     name: ClassVar[str]
+    scattered: ClassVar[bool] = False
+    """Whether the facts stand about in the filler, in order, instead of all before it."""
 
     vocabulary: TaskVocabulary
     filler: Filler
     split: Split = "train"
     seed: int = 0
+    any_token_frac: float = field(default=0.0, kw_only=True)
+    """Share of examples whose words may be any token but held-out words: a small vocabulary has too few words to
+    learn from them what a key is. Without effect on tasks whose facts hold no words."""
 
     @abstractmethod
     def sheet(self, index: int, num_queries: int) -> Sheet:
         """Facts and questions of example `index`."""
 
+    def chance(self) -> float:
+        """Share of examples (0 to 1) that a guess answers right.
+
+        Where facts bind words that the task draws anew, a guess is any word of the pool of values. Where an example
+        holds a few words of the kind that is asked for, a guess is one of those: such tasks say how many.
+        """
+        return 1 / len(self.vocabulary.values[self.split])
+
     def rng(self, index: int, *stream: int) -> np.random.Generator:
         """Random numbers of example `index`; another `stream` is independent of the first."""
         return np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, *stream])
 
+    def pools(self, index: int) -> tuple[IntArray, IntArray]:
+        """What example `index` draws its keys and its values from, int64 [n] each; any tokens in a share of them."""
+        if self.any_token_frac and self.rng(index, _POOL_STREAM).random() < self.any_token_frac:
+            return self.vocabulary.shared_ids, self.vocabulary.shared_ids
+        return self.vocabulary.keys[self.split], self.vocabulary.values[self.split]
+
+    def words(
+        self, index: int, rng: np.random.Generator, num_keys: int, num_values: int
+    ) -> tuple[list[int], list[int]]:
+        """Keys and values for example `index`, every word of them another one."""
+        key_pool, value_pool = self.pools(index)
+        keys = rng.choice(key_pool, num_keys, replace=False)
+        # The two pools may be one and the same: values that are keys already are passed over.
+        drawn = rng.choice(value_pool, min(num_keys + num_values, len(value_pool)), replace=False)
+        values = drawn[~np.isin(drawn, keys)][:num_values]
+        assert len(values) == num_values
+        return keys.tolist(), values.tolist()
+
+    def check_words(self, num_keys: int, num_values: int) -> None:
+        """Raises ConfigError when the pools are too small for as many distinct keys and values."""
+        for needed, pools, kind in (
+            (num_keys, self.vocabulary.keys, "keys"), (num_values, self.vocabulary.values, "values"),
+        ):  # fmt: skip
+            if needed > len(pools[self.split]):
+                raise ConfigError(
+                    f"{self.name} needs {needed} {kind}, and this tokenizer offers {len(pools[self.split])} "
+                    f"{self.split.replace('_', '-')} {kind}: ask for fewer"
+                )
+
+    def line(self, marker: str, words: Sequence[int], *, num_answers: int = 0) -> Part:
+        """A marker, words and ";"; the last `num_answers` of the words are the answer."""
+        tokens = [*self.vocabulary.pieces[marker], *words]
+        end = len(tokens)
+        asked = (end - num_answers, end) if num_answers else (-1, -1)
+        return Part([*tokens, *self.vocabulary.pieces[";"]], *asked)
+
     def example(self, index: int, gap_tokens: int, *, num_queries: int = 1) -> Example:
-        """Document prefix, facts, exactly `gap_tokens` of filler, questions."""
+        """Document prefix, facts, exactly `gap_tokens` of filler, questions; scattered facts stand in the filler."""
         if gap_tokens < 0:
             raise ConfigError(f"gap_tokens = {gap_tokens} must be at least 0")
         sheet = self.sheet(index, num_queries)
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), gap_tokens)
-        return join([self._prefix(), *sheet.facts, filler, *sheet.queries])
+        return join([self._prefix(), *self._told(index, sheet.facts, filler), *sheet.queries])
+
+    def _told(self, index: int, facts: list[Part], filler: IntArray, before: int = 0) -> list[Part | IntArray]:
+        """Facts and all of `filler`, `before` tokens of it in front of facts that stand together."""
+        if not self.scattered:
+            return [filler[:before], *facts, filler[before:]]
+        # The same share of the filler lies before a fact whatever its length is.
+        places = np.sort(self.rng(index, _PLACE_STREAM).random(len(facts)))
+        return _strewn(facts, filler, (places * (len(filler) + 1)).astype(np.int64))
 
     def overhead_tokens(self, index: int, *, num_queries: int = 1) -> int:
         """Tokens of `example` that are not filler."""
         sheet = self.sheet(index, num_queries)
         return len(self._prefix()) + _length(sheet.facts) + _length(sheet.queries)
+
+    def max_overhead_tokens(self, *, num_queries: int = 1) -> int:
+        """What `overhead_tokens` is at most, over all examples. Tasks whose examples differ in length say more."""
+        return self.overhead_tokens(0, num_queries=num_queries)
 
     def query_tokens(self, index: int, *, num_queries: int = 1) -> int:
         """Tokens of the questions, with their answers: what `example` ends with."""
@@ -86,28 +150,30 @@ class TextTask(ABC):
     ) -> Example:
         """Exactly `total_tokens`: filler, facts, filler, questions, filler.
 
-        Facts lie anywhere in the first `segment_tokens`, questions anywhere in the last, as far as they fit:
-        neither may be told by its position. A third of the examples opens with the document prefix and its
-        facts at once. Raises ConfigError when facts and questions do not fit at all.
+        Facts lie anywhere in the first `segment_tokens`, questions anywhere in the last, as far as they fit: neither
+        may be told by its position. Scattered facts lie anywhere before the questions. A third of the examples opens
+        with the document prefix, and with its facts at once unless they are scattered. Raises ConfigError when facts
+        and questions do not fit at all.
         """
         sheet = self.sheet(index, num_queries)
         rng = self.rng(index, 1)
         opens = rng.random() < 1 / 3
         prefix = self._prefix() if opens else np.zeros(0, np.int64)
-        told, asked = _length(sheet.facts), _length(sheet.queries)
-        room = total_tokens - len(prefix) - told - asked
+        fact_tokens, asked = _length(sheet.facts), _length(sheet.queries)
+        room = total_tokens - len(prefix) - fact_tokens - asked
         if room < 0:
             raise ConfigError(self._too_short(total_tokens, total_tokens - room))
-        before = 0 if opens else int(rng.integers(0, max(min(segment_tokens - told, room), 0) + 1))
+        before = 0 if opens else int(rng.integers(0, max(min(segment_tokens - fact_tokens, room), 0) + 1))
         after = int(rng.integers(0, max(min(segment_tokens - asked, room - before), 0) + 1))
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
         gap_end = room - after
-        return join([prefix, filler[:before], *sheet.facts, filler[before:gap_end], *sheet.queries, filler[gap_end:]])
+        told = self._told(index, sheet.facts, filler[:gap_end], before)
+        return join([prefix, *told, *sheet.queries, filler[gap_end:]])
 
     def in_window_example(
         self, index: int, total_tokens: int, *, num_queries: int = 1, with_facts: bool = True
     ) -> Example:
-        """Exactly `total_tokens` with facts and questions anywhere inside, filler before, between and after.
+        """Exactly `total_tokens`: facts in order anywhere, then questions anywhere, filler before, between and after.
 
         A third of the rows opens with the document prefix, the others in the middle of the filler.
         `with_facts=False` puts filler in the place of the facts: the questions cannot be answered, the
@@ -123,10 +189,7 @@ class TextTask(ABC):
             raise ConfigError(self._too_short(total_tokens, total_tokens - room))
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
         cuts = _cuts(rng, room, len(facts), len(sheet.queries))
-        pieces: list[Part | IntArray] = [prefix, filler[: cuts[0]]]
-        for part, start, end in zip(parts, cuts[:-1], cuts[1:], strict=True):
-            pieces += [part, filler[start:end]]
-        return join(pieces)
+        return join([prefix, *_strewn(parts, filler, cuts)])
 
     def _prefix(self) -> IntArray:
         return np.array(self.vocabulary.prefix, dtype=np.int64)
@@ -152,12 +215,27 @@ def join(pieces: list[Part | IntArray]) -> Example:
     return Example(tokens, answer)
 
 
+def rounds(rng: np.random.Generator, num_things: int, num_drawn: int) -> list[int]:
+    """`num_drawn` of 0 ... `num_things` - 1 in random order: each once, then each again, as often as needed."""
+    times = -(-num_drawn // num_things)
+    return [int(thing) for _ in range(times) for thing in rng.permutation(num_things)][:num_drawn]
+
+
 def _length(parts: list[Part]) -> int:
     return sum(len(part.tokens) for part in parts)
 
 
+def _strewn(parts: list[Part], filler: IntArray, places: IntArray) -> list[Part | IntArray]:
+    """All of the filler with each part at its place, ascending positions in the filler, int64 [parts]."""
+    runs = np.split(filler, places)
+    pieces: list[Part | IntArray] = [runs[0]]
+    for part, run in zip(parts, runs[1:], strict=True):
+        pieces += [part, run]
+    return pieces
+
+
 def _cuts(rng: np.random.Generator, room: int, num_facts: int, num_queries: int) -> IntArray:
-    """Filler position at which each part is inserted, ascending, then `room`: int64 [facts + queries + 1].
+    """Filler position at which each part is inserted, ascending: int64 [facts + queries].
 
     Half of the time the facts stand together, and so do the questions; otherwise they are strewn about.
     """
@@ -168,4 +246,4 @@ def _cuts(rng: np.random.Generator, room: int, num_facts: int, num_queries: int)
         queries = np.full(num_queries, rng.integers(split, room + 1))
     else:
         queries = rng.integers(split, room + 1, num_queries)
-    return np.concatenate([np.sort(facts), np.sort(queries), [room]]).astype(np.int64)
+    return np.concatenate([np.sort(facts), np.sort(queries)]).astype(np.int64)

@@ -1,4 +1,9 @@
-"""Long addition: " add 1 2 plus 3 9;" ... " sum" must be answered " 1 5 0", 51 from the units up."""
+"""Long addition: " add b 1 a 2 plus b 3 a 9;" ... " sum" must be answered " a 1 b 5 c 0", 51 from the units up.
+
+The letters are index hints (Zhou et al. 2023, "What Algorithms can Transformers Learn?"): they name the place value of
+the digit that follows, a being the units. With them the two digits to add stand after a letter that the reader has just
+written itself, and the carry is what it wrote before. In the plain form the reader has to find its place by counting.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from cortex_core.errors import ConfigError
 from cortex_core.tasks.layout import Part, Sheet, TextTask
+from cortex_core.tasks.vocabulary import HINTS
 
 
 @dataclass(frozen=True)
@@ -20,15 +27,31 @@ class LongAddition(TextTask):
     name: ClassVar[str] = "long_addition"
 
     num_digits: int = 32
+    index_hints: bool = True
+    """Whether letters name the places; False is the plain form, " add 1 2 plus 3 9;" and " sum 1 5 0;"."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError when the sum has more digits than there are hints."""
+        if self.index_hints and not 1 <= self.num_digits < len(HINTS):
+            raise ConfigError(f"num_digits = {self.num_digits} must lie in 1 to {len(HINTS) - 1} with index hints")
+
+    def chance(self) -> float:
+        """Every digit has to be guessed, the leading one out of 0 and 1."""
+        return 0.1**self.num_digits / 2
 
     def sheet(self, index: int, num_queries: int) -> Sheet:
-        pieces, digits = self.vocabulary.pieces, self.vocabulary.digits
+        pieces = self.vocabulary.pieces
         first, second = self.rng(index).integers(0, 10, (2, self.num_digits))
-        fact = [*pieces[" add"], *digits(first), *pieces[" plus"], *digits(second), *pieces[";"]]
-        answer = digits(_sum_from_units(first, second))
+        units_last = range(self.num_digits - 1, -1, -1)
+        told = [*pieces[" add"], *self._number(units_last, first)]
+        told += [*pieces[" plus"], *self._number(units_last, second), *pieces[";"]]
+        answer = self._number(range(self.num_digits + 1), np.array(_sum_from_units(first, second)))
         opening = pieces[" sum"]
         query = Part([*opening, *answer, *pieces[";"]], len(opening), len(opening) + len(answer))
-        return Sheet([Part(fact)], [query])
+        return Sheet([Part(told)], [query])
+
+    def _number(self, places: range, digits: np.ndarray) -> list[int]:
+        return self.vocabulary.hinted(places, digits) if self.index_hints else self.vocabulary.digits(digits)
 
 
 def _sum_from_units(first: np.ndarray, second: np.ndarray) -> list[int]:

@@ -7,7 +7,7 @@ answers must have read the fact, it cannot have learned the word's role by heart
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -21,7 +21,13 @@ from cortex_core.errors import DataError
 Split = Literal["train", "held_out"]
 IntArray = NDArray[np.int64]
 
-MARKERS = (" remember", " recall", " items", " item", " digits", " reverse", " add", " plus", " sum", ";")
+HINTS = tuple(f" {letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEFG")
+"""Names of 33 positions, for tasks that say where a thing stands instead of letting the reader count."""
+MARKERS = (
+    " remember", " recall", " items", " item", " digits", " reverse", " add", " plus", " sum", " pairs", " pair",
+    " let", " copy", " value", " went", " got", " put", " gave", " north", " south", " east", " west", " where",
+    " find", " before", " above", " below", " left", " right", " giver", " given", " receiver", ";", *HINTS,
+)  # fmt: skip
 """Strings with a fixed role in the task lines, each with the space that it is written with."""
 DIGITS = tuple(f" {digit}" for digit in range(10))
 
@@ -54,7 +60,8 @@ class TaskVocabulary:
     values: MappingProxyType[str, IntArray] = field(repr=False)
     """One-token words by split, int64 [n]; disjoint from the keys."""
     pieces: MappingProxyType[str, tuple[int, ...]] = field(repr=False)
-    """Ids of every marker and of the digits " 0" to " 9" (several ids where the tokenizer splits them)."""
+    """Ids of every marker, hints among them, and of the digits " 0" to " 9" (several ids where the tokenizer splits
+    them)."""
     random_ids: IntArray = field(repr=False)
     """What random filler is drawn from: the vocabulary without special tokens and markers, int64 [n]."""
 
@@ -92,6 +99,17 @@ class TaskVocabulary:
     def digits(self, numbers: Sequence[int] | IntArray) -> list[int]:
         """Ids of " d" for each digit d in `numbers`."""
         return [token for number in numbers for token in self.pieces[DIGITS[int(number)]]]
+
+    def hinted(self, positions: Iterable[int], numbers: Iterable[int]) -> list[int]:
+        """Ids of " a 4 b 0 ...": each digit of `numbers` after the hint that names its position (0 is " a").
+
+        Both of the same length; positions lie in 0 to 32.
+        """
+        return [
+            token
+            for position, number in zip(positions, numbers, strict=True)
+            for token in (*self.pieces[HINTS[int(position)]], *self.pieces[DIGITS[int(number)]])
+        ]
 
     @cached_property
     def shared_ids(self) -> IntArray:

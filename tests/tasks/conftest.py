@@ -28,19 +28,7 @@ def bpe() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def word_level() -> PreTrainedTokenizerBase:
     """Whole words without any mark for a space, neither <bos> nor <eos>; " digits" is one unknown word to it."""
-    known = [
-        *NOUNS,
-        "remember",
-        "recall",
-        "items",
-        "item",
-        "reverse",
-        "add",
-        "plus",
-        "sum",
-        ";",
-        *"0123456789",
-    ]
+    known = [*NOUNS, *(marker.strip() for marker in MARKERS if marker != " digits"), *"0123456789"]
     inner = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(["[UNK]", *known])}, unk_token="[UNK]")
     )

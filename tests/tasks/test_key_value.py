@@ -68,7 +68,7 @@ def test_gap_and_number_of_questions_leave_the_facts_alone(task: KeyValue) -> No
 
 def test_any_token_may_be_a_key_but_never_a_held_out_word(vocabulary: TaskVocabulary) -> None:
     def told(any_token_frac: float) -> list[set[int]]:
-        task = KeyValue(vocabulary, RandomFiller(vocabulary), "train", 0, 4, any_token_frac)
+        task = KeyValue(vocabulary, RandomFiller(vocabulary), "train", 0, 4, any_token_frac=any_token_frac)
         return [{word for part in task.sheet(i, 1).facts for word in part.tokens[1:3]} for i in range(200)]
 
     words = {*vocabulary.keys["train"].tolist(), *vocabulary.values["train"].tolist()}
