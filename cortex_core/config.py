@@ -16,7 +16,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
-TaskName = Literal["key_value", "copy_reverse", "n_back", "long_addition"]
+TaskName = Literal[
+    "key_value", "copy_reverse", "n_back", "long_addition", "multi_query_recall", "forgetting", "needle_single",
+    "needle_multi_key", "needle_multi_value", "needle_multi_query", "variable_tracking", "world_qa1", "world_qa2",
+    "world_qa3", "world_qa4", "world_qa5",
+]  # fmt: skip
 FillerName = Literal["text", "random"]
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -165,9 +169,9 @@ class TasksConfig(Settings):
     fillers: Annotated[tuple[FillerName, ...], Field(min_length=1)] = ("text", "random")
     """What stands in the gap: real text, random tokens, or either."""
     num_pairs: Annotated[int, Field(ge=1, le=64)] = 6
-    """Facts per key-value example."""
+    """Keys per example of key_value, forgetting and multi_query_recall."""
     any_token_frac: Fraction = 0.5
-    """Share of key-value training examples whose keys and values are any tokens; never held-out words."""
+    """Share of training examples whose words are any tokens; never held-out words."""
     num_queries: Annotated[int, Field(ge=1)] = 6
     """Questions per training example; evaluation asks one."""
 

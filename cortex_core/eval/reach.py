@@ -26,11 +26,12 @@ class Hits(NamedTuple):
 
 
 class _Example(NamedTuple):
-    """One example at every gap: the filler of a shorter gap is the start of that of a longer one."""
+    """One example at its longest gap, of which the filler of a shorter one is the start."""
 
     tokens: np.ndarray
     answer: np.ndarray
-    facts_tokens: int
+    first_query: int
+    """Position of the first question."""
 
 
 @torch.no_grad()
@@ -41,24 +42,33 @@ def recall(
     indices: Sequence[int],
     on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Hits]:
-    """Ask each example's question after each gap, without reading anything twice.
+    """Ask each example's question after each gap.
 
-    The memory reads facts and filler once, up to the longest gap; at each gap a fork of the session is asked. The bare
-    model sees the last window before the answer. `on_progress` is told the tokens read.
+    The memory reads facts and filler once, up to the longest gap; at each gap a fork of the session is asked. Scattered
+    facts lie elsewhere in each gap: a session of its own reads it from the start. The bare model sees the last window
+    before the answer. `on_progress` is told the tokens read.
     """
     gaps = sorted(set(gaps_tokens))
+    for run in [[gap] for gap in gaps] if task.scattered else [gaps]:
+        yield from _recall(model, task, run, indices, on_progress)
+
+
+def _recall(
+    model: Cortex, task: TextTask, gaps: list[int], indices: Sequence[int], on_progress: Callable[[int], None]
+) -> Iterator[Hits]:
+    """Results at gaps of which each, ascending, begins as the longest one does. Nothing is read twice."""
     longest = [_example(task, index, gaps[-1]) for index in indices]
     session = model.new_session(len(indices))
     read_to = [0] * len(indices)
     for gap in gaps:
-        stops = [example.facts_tokens + gap for example in longest]
+        stops = [example.first_query - gaps[-1] + gap for example in longest]
         pieces = [e.tokens[start:stop] for e, start, stop in zip(longest, read_to, stops, strict=True)]
         for start in range(0, max(map(len, pieces)), READ_TOKENS):
             ids, mask = padded([piece[start : start + READ_TOKENS] for piece in pieces], model.backbone.device)
             model.read(ids, session, attention_mask=mask)
         read_to = stops
         on_progress(sum(map(len, pieces)))
-        questions = [(e.tokens[e.facts_tokens + gaps[-1] :], e.answer[e.facts_tokens + gaps[-1] :]) for e in longest]
+        questions = [(e.tokens[e.first_query :], e.answer[e.first_query :]) for e in longest]
         with_memory = _ask(model, session.fork(), questions)
         texts = [
             np.concatenate([e.tokens[max(0, stop - model.segment_tokens) : stop], tokens])
@@ -70,8 +80,7 @@ def recall(
 
 def _example(task: TextTask, index: int, gap_tokens: int) -> _Example:
     example = task.example(index, gap_tokens)
-    first_query = len(example.tokens) - task.query_tokens(index)
-    return _Example(example.tokens, example.answer, first_query - gap_tokens)
+    return _Example(example.tokens, example.answer, len(example.tokens) - task.query_tokens(index))
 
 
 def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

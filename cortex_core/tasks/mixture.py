@@ -14,15 +14,40 @@ from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.corpus_text import CorpusText
 from cortex_core.tasks.filler import Filler, RandomFiller, TextFiller
+from cortex_core.tasks.forgetting import Forgetting
 from cortex_core.tasks.key_value import KeyValue
 from cortex_core.tasks.layout import SPLIT_CODES, Example, TextTask
 from cortex_core.tasks.long_addition import LongAddition
+from cortex_core.tasks.multi_query_recall import MultiQueryRecall
 from cortex_core.tasks.n_back import NBack
+from cortex_core.tasks.needle import MultiKeyNeedle, MultiQueryNeedle, MultiValueNeedle, Needle
+from cortex_core.tasks.variable_tracking import VariableTracking
 from cortex_core.tasks.vocabulary import Split, TaskVocabulary
+from cortex_core.tasks.world_tasks import WorldQA1, WorldQA2, WorldQA3, WorldQA4, WorldQA5
 
 SourceName = TaskName | Literal["corpus"]
 """What a mixture is made of: tasks, and plain text."""
 _DRAW = 3  # keeps the draw of a task apart from the draws inside it
+
+
+_TASKS: dict[TaskName, type[TextTask]] = {
+    "key_value": KeyValue,
+    "copy_reverse": CopyReverse,
+    "n_back": NBack,
+    "long_addition": LongAddition,
+    "multi_query_recall": MultiQueryRecall,
+    "forgetting": Forgetting,
+    "needle_single": Needle,
+    "needle_multi_key": MultiKeyNeedle,
+    "needle_multi_value": MultiValueNeedle,
+    "needle_multi_query": MultiQueryNeedle,
+    "variable_tracking": VariableTracking,
+    "world_qa1": WorldQA1,
+    "world_qa2": WorldQA2,
+    "world_qa3": WorldQA3,
+    "world_qa4": WorldQA4,
+    "world_qa5": WorldQA5,
+}
 
 
 def build_task(
@@ -36,19 +61,17 @@ def build_task(
     num_pairs: int = 6,
     any_token_frac: float = 0.0,
 ) -> TextTask:
-    """One task with one filler."""
+    """One task with one filler. `num_pairs` is for tasks that are made of pairs; the others have sizes of their own.
+
+    Raises ConfigError when the tokenizer has too few words for it.
+    """
     hidden_in: Filler = TextFiller(corpus, split) if filler == "text" else RandomFiller(vocabulary)
-    match name:
-        case "key_value":
-            return KeyValue(vocabulary, hidden_in, split, seed, num_pairs, any_token_frac)
-        case "copy_reverse":
-            return CopyReverse(vocabulary, hidden_in, split, seed)
-        case "n_back":
-            return NBack(vocabulary, hidden_in, split, seed)
-        case "long_addition":
-            return LongAddition(vocabulary, hidden_in, split, seed)
-        case "corpus":
-            return CorpusText(vocabulary, TextFiller(corpus, split), split, seed)
+    if name == "corpus":
+        return CorpusText(vocabulary, TextFiller(corpus, split), split, seed)
+    make = _TASKS[name]
+    if issubclass(make, KeyValue | MultiQueryRecall):
+        return make(vocabulary, hidden_in, split, seed, num_pairs, any_token_frac=any_token_frac)
+    return make(vocabulary, hidden_in, split, seed, any_token_frac=any_token_frac)
 
 
 @dataclass(frozen=True)
@@ -150,7 +173,7 @@ def check_tasks(config: TaskSettings, vocabulary: TaskVocabulary, corpus: Corpus
     windows = 1 if config.training.in_window_batch_size else 2
     room = windows * config.backbone.segment_tokens
     for task in Mixture.from_config(tasks, vocabulary, corpus).tasks:
-        needed = task.overhead_tokens(0, num_queries=tasks.num_queries)
+        needed = task.max_overhead_tokens(num_queries=tasks.num_queries)
         if needed > room:
             raise ConfigError(
                 f"tasks.num_queries = {tasks.num_queries} with tasks.num_pairs = {tasks.num_pairs}: facts and "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import get_args
 
 import numpy as np
@@ -13,6 +15,7 @@ from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.layout import TextTask
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import TaskVocabulary
+from tests import tiny
 
 QUESTIONS = get_args(TaskName)
 
@@ -29,14 +32,46 @@ def length(task: TextTask, part: str, index: int = 0, num_queries: int = 1) -> i
 
 @pytest.mark.parametrize("gap", [0, 1, 7, 300, 2000])
 def test_gap_is_exact(task: TextTask, gap: int) -> None:
-    example = task.example(5, gap)
-    bare = task.example(5, 0)
-    start = len(task.vocabulary.prefix) + length(task, "facts", 5)
-    assert len(example.tokens) == len(example.answer) == len(bare.tokens) + gap
-    assert len(bare.tokens) == task.overhead_tokens(5)
-    assert np.array_equal(example.tokens[:start], bare.tokens[:start])
-    assert np.array_equal(example.tokens[start + gap :], bare.tokens[start:])
-    assert not example.answer[: start + gap].any()
+    example, sheet = task.example(5, gap), task.sheet(5, 1)
+    asked = [token for part in sheet.queries for token in part.tokens]
+    first_query = len(example.tokens) - len(asked)
+    assert len(example.tokens) == len(example.answer) == task.overhead_tokens(5) + gap
+    assert task.overhead_tokens(5) <= task.max_overhead_tokens()
+    assert len(asked) == task.query_tokens(5)
+    assert example.tokens[first_query:].tolist() == asked
+    assert not example.answer[:first_query].any()
+    opening = len(task.vocabulary.prefix)
+    assert tuple(example.tokens[:opening]) == task.vocabulary.prefix
+    runs = between(example.tokens[opening:first_query], [part.tokens for part in sheet.facts])
+    filler = task.filler.tokens((3, 1, 5), gap)
+    assert np.concatenate(runs).tolist() == filler.tolist()
+    assert task.scattered or [len(run) for run in runs[:-1]] == [0] * len(sheet.facts)
+
+
+def between(tokens: np.ndarray, parts: list[list[int]]) -> list[np.ndarray]:
+    """What stands before, between and after `parts`, which are in `tokens` in this order."""
+    runs, at = [], 0
+    for part in parts:
+        found = find(tokens, part, at)
+        runs.append(tokens[at:found])
+        at = found + len(part)
+    return [*runs, tokens[at:]]
+
+
+def test_scattered_facts_stand_all_over_the_gap(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    task = build_task("needle_multi_value", "random", vocabulary, corpus, seed=3)
+    opening, places = len(vocabulary.prefix), []
+    for index in range(200):
+        tokens = task.example(index, 60).tokens[opening:]
+        runs = between(tokens, [part.tokens for part in task.sheet(index, 1).facts])
+        ends = np.cumsum([len(run) for run in runs])
+        longer = between(
+            task.example(index, 600).tokens[opening:], [part.tokens for part in task.sheet(index, 1).facts]
+        )
+        assert np.abs(np.cumsum([len(run) for run in longer])[:4] / 601 - ends[:4] / 61).max() < 1 / 61
+        places += ends[:4].tolist()
+    assert {0, 60} <= set(places), "a fact may open the document, or stand right before the question"
+    assert np.histogram(places, 6, (0, 61))[0].min() > 90, "evenly: 800 facts in 6 parts of the gap"
 
 
 def test_same_index_same_example(task: TextTask) -> None:
@@ -44,7 +79,7 @@ def test_same_index_same_example(task: TextTask) -> None:
     assert np.array_equal(one.tokens, again.tokens)
     assert np.array_equal(one.answer, again.answer)
     assert not np.array_equal(one.tokens, task.example(3, 40).tokens)
-    window, window_again = task.in_window_example(2, 200), task.in_window_example(2, 200)
+    window, window_again = task.in_window_example(2, 230), task.in_window_example(2, 230)
     assert np.array_equal(window.tokens, window_again.tokens)
 
 
@@ -56,7 +91,7 @@ def test_question_opens_with_its_marker_and_ends_with_the_answer(task: TextTask)
 
 
 def test_window_is_exact_and_holds_every_part_in_order(task: TextTask) -> None:
-    total = length(task, "facts") + length(task, "queries", num_queries=3) + 40
+    total = task.max_overhead_tokens(num_queries=3) + 40
     openings = set()
     for index in range(12):
         example = task.in_window_example(index, total, num_queries=3)
@@ -91,34 +126,81 @@ def test_window_without_facts_still_says_where_the_answer_is(task: TextTask) -> 
 
 
 def test_spanning_example_has_facts_in_the_first_segment_and_questions_in_the_last(task: TextTask) -> None:
-    width = max(length(task, "facts"), length(task, "queries")) + 30
-    starts, ends, openings = set(), set(), set()
+    width = task.max_overhead_tokens() + 30
+    prefix = task.vocabulary.prefix
+    starts, lasts, ends, openings = set(), set(), set(), set()
     for index in range(24):
         example = task.spanning_example(index, 700, segment_tokens=width)
         assert example.tokens.shape == (700,)
         sheet = task.sheet(index, 1)
-        fact = find(example.tokens, [token for part in sheet.facts for token in part.tokens], 0)
-        query = find(example.tokens, sheet.queries[0].tokens, fact)
-        opens = fact == len(task.vocabulary.prefix) and tuple(example.tokens[:fact]) == task.vocabulary.prefix
-        assert fact + length(task, "facts") <= width + len(task.vocabulary.prefix)
+        queries = [token for part in sheet.queries for token in part.tokens]
+        runs = between(example.tokens, [*(part.tokens for part in sheet.facts), queries])
+        query = 700 - len(queries) - len(runs[-1])
+        last = query - len(runs[-2])
         assert query >= 700 - width
-        asked = sheet.queries[0].tokens[sheet.queries[0].answer_from : sheet.queries[0].answer_to]
+        assert task.scattered or last <= width + len(prefix)
+        assert task.scattered or not any(map(len, runs[1:-2])), "facts together"
+        asked = [token for part in sheet.queries for token in part.tokens[part.answer_from : part.answer_to]]
         assert example.tokens[example.answer].tolist() == asked
-        starts.add(fact)
+        starts.add(len(runs[0]))
+        lasts.add(last)
         ends.add(query)
-        openings.add(opens)
+        openings.add(tuple(example.tokens[: len(prefix)]) == prefix and (task.scattered or len(runs[0]) == len(prefix)))
     assert len(starts) > 5, "the place of the facts varies"
     assert len(ends) > 5, "the place of the question varies"
-    assert openings == {True, False}
+    assert openings == ({True, False} if prefix or not task.scattered else {True})
+    if task.scattered:
+        assert max(lasts) > 700 - width, "facts may come as late as the questions"
 
 
 def test_what_does_not_fit_is_refused(task: TextTask) -> None:
-    with pytest.raises(ConfigError, match="total_tokens = 9 is too short"):
-        task.in_window_example(0, 9)
-    with pytest.raises(ConfigError, match="total_tokens = 9 is too short"):
-        task.spanning_example(0, 9)
+    with pytest.raises(ConfigError, match="total_tokens = 7 is too short"):
+        task.in_window_example(0, 7)
+    with pytest.raises(ConfigError, match="total_tokens = 7 is too short"):
+        task.spanning_example(0, 7)
     with pytest.raises(ConfigError, match="gap_tokens = -1 must be at least 0"):
         task.example(0, -1)
+
+
+def test_any_tokens_are_the_words_of_a_share_of_the_examples() -> None:
+    vocabulary, corpus = tiny.vocabulary(), tiny.corpus()
+    words = {*vocabulary.keys["train"].tolist(), *vocabulary.values["train"].tolist()}
+    known = words | {token for ids in vocabulary.pieces.values() for token in ids}
+    for name in QUESTIONS:
+        task, plain = (build_task(name, "random", vocabulary, corpus, num_pairs=4, any_token_frac=f) for f in (0.5, 0))
+        told = [{token for part in task.sheet(i, 1).facts for token in part.tokens} for i in range(60)]
+        beyond = sum(not tokens <= known for tokens in told)
+        assert beyond == 0 if name in ("copy_reverse", "long_addition") else 12 < beyond < 48, name
+        assert not set().union(*told) & set(vocabulary.held_out_words().tolist())
+        assert all({t for part in plain.sheet(i, 1).facts for t in part.tokens} <= known for i in range(20))
+
+
+def test_words_are_distinct_even_where_keys_may_be_values(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    few = MappingProxyType({"train": vocabulary.shared_ids[:9]})
+    task = build_task("needle_multi_key", "random", replace(vocabulary, keys=few, values=few), corpus, num_pairs=4)
+    for index in range(50):
+        keys, values = task.words(index, task.rng(index), 4, 5)
+        assert (len(keys), len(values)) == (4, 5)
+        assert {*keys, *values} == set(few["train"].tolist())
+
+
+def test_chance_is_a_share(task: TextTask) -> None:
+    assert 0 < task.chance() <= 0.5
+
+
+def test_chance_counts_what_a_guess_could_be(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
+    word = 1 / len(vocabulary.values["held_out"])
+    expected = {
+        "key_value": word, "forgetting": word, "n_back": word, "multi_query_recall": word, "needle_single": word,
+        "needle_multi_key": word, "needle_multi_value": word**4, "needle_multi_query": word**4, "copy_reverse": 1e-12,
+        "long_addition": 5e-33, "variable_tracking": 1 / 2, "world_qa1": 1 / 4, "world_qa2": 1 / 3, "world_qa3": 1 / 4,
+        "world_qa4": 1 / 5, "world_qa5": 1 / 3,
+    }  # fmt: skip
+    found = {
+        name: build_task(name, "random", vocabulary, corpus, split="held_out", num_pairs=4).chance()
+        for name in QUESTIONS
+    }
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_random_filler_holds_no_markers(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
