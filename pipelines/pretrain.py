@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path) -> dict[str, A
     from cortex_core.training.pretrain import STATE, Pretraining
     from cortex_core.training.pretrain_export import export, measure
 
-    torch.set_num_threads(1)  # as in the recipe's claim, and so that sums are taken in the same order every time
+    torch.set_num_threads(config.threads)
     console = Console()
     run = Pretraining.start(config)
     if (checkpoint / STATE).is_file():
@@ -73,12 +73,9 @@ def pretrain(config: PretrainConfig, out: Path, checkpoint: Path) -> dict[str, A
 
 def _losses(metrics: dict[str, float]) -> str:
     """The figures worth a glance."""
-    shown = {
-        "text": metrics["loss/text_nats"],
-        "answers": metrics["loss/answer_nats"],
-        "key-value": metrics.get("accuracy/key_value"),
-    }
-    figures = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    shown = {"text": metrics["loss/text_nats"], "answers": metrics["loss/answer_nats"]}
+    shown |= {name.removeprefix("accuracy/"): value for name, value in metrics.items() if name.startswith("accuracy/")}
+    figures = [f"{name} {value:.2f}" for name, value in shown.items()]
     return ", ".join([*figures, f"{metrics['throughput/tokens_per_s']:,.0f} tokens/s"])
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cortex_core.config import DataConfig, Fraction, NonNegative, PositiveInt, Settings
+from cortex_core.config import DataConfig, Fraction, NonNegative, PositiveInt, Settings, TaskName
 
 
 class DecoderConfig(Settings):
@@ -16,11 +16,11 @@ class DecoderConfig(Settings):
     """Tokens in the vocabulary: 256 bytes, 3 special tokens, and learned pieces."""
     hidden_size: PositiveInt = 128
     """Width of the residual stream."""
-    num_layers: PositiveInt = 4
+    num_layers: PositiveInt = 6
     """Decoder layers."""
     num_heads: PositiveInt = 4
     """Attention heads; they divide hidden_size."""
-    mlp_size: PositiveInt = 320
+    mlp_size: PositiveInt = 256
     """Hidden units of each gated MLP."""
     window_tokens: Annotated[int, Field(ge=128)] = 256
     """Positions the model is trained on, and the length of every training row."""
@@ -42,21 +42,26 @@ class DecoderConfig(Settings):
 class RowsConfig(Settings):
     """What a training row is, by share; the remaining rows are plain text."""
 
-    key_value_frac: Fraction = 0.20
+    key_value_frac: Fraction = 0.15
     """Facts and questions about them."""
-    repeat_frac: Fraction = 0.05
+    repeat_frac: Fraction = 0.04
     """A short run of tokens again and again: teaches to look for what followed the last time."""
-    copy_reverse_frac: Fraction = 0.05
-    """Digits, to be written in reverse."""
-    n_back_frac: Fraction = 0.05
-    """Word lists, asked by position from the end."""
-    long_addition_frac: Fraction = 0.03
-    """Sums of long numbers."""
+    tasks_frac: Fraction = 0.40
+    """All of `tasks` together."""
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = (
+        "long_addition", "long_addition", "copy_reverse", "n_back", "forgetting", "multi_query_recall",
+        "needle_multi_value", "variable_tracking", "world_qa1", "world_qa2", "world_qa3", "world_qa4", "world_qa5",
+    )  # fmt: skip
+    """Further tasks, equally likely; one that is named twice is twice as likely."""
+    smaller_frac: Fraction = 0.5
+    """Share of the rows of tasks on numbers whose numbers are shorter than the task's own."""
+    most_queries: PositiveInt = 8
+    """Most questions in a row of `tasks`, as far as the window has room; their number is drawn from 1 to this."""
     no_facts_frac: Fraction = 0.10
     """Share of the key-value rows whose facts are left out; their answers carry no loss."""
     any_token_frac: Fraction = 0.75
-    """Share of the key-value and n-back rows whose words are any tokens but held-out words; the others take
-    training words. With the few training words alone, a model learns to recall those and no others."""
+    """Share of the task rows whose words are any tokens but held-out words; the others take training words.
+    With the few training words alone, a model learns to recall those and no others."""
     early_steps: Annotated[int, Field(ge=0)] = 50
     """Steps at the start that are almost all key-value rows full of questions, until recall is learned."""
     many_queries: PositiveInt = 34
@@ -75,24 +80,17 @@ class RowsConfig(Settings):
     @property
     def task_frac(self) -> float:
         """Share of rows that are not plain text."""
-        fracs = (
-            self.key_value_frac,
-            self.repeat_frac,
-            self.copy_reverse_frac,
-            self.n_back_frac,
-            self.long_addition_frac,
-        )
-        return sum(fracs)
+        return self.key_value_frac + self.repeat_frac + self.tasks_frac
 
 
 class PretrainConfig(Settings):
-    """One run of backbone pretraining, on one thread of one machine."""
+    """One run of backbone pretraining, in one process."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = "stdlib-1m"
     """Name on the model card."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights and of every row."""
-    steps: PositiveInt = 3200
+    steps: PositiveInt = 4200
     """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Rows per step."""
@@ -102,7 +100,7 @@ class PretrainConfig(Settings):
     """Rate at the last step, as a share of the peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     """Steps until the peak rate."""
-    decay_frac: Fraction = 0.5
+    decay_frac: Fraction = 0.3
     """Share of the run, at its end, over which the rate falls linearly."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Moment decay rates of AdamW."""
@@ -118,6 +116,8 @@ class PretrainConfig(Settings):
     """Weight of a repeated token, of which a row has many, among the answers."""
     random_weight: NonNegative = 0.02
     """Weight of a random filler token, which nothing can predict, among the text."""
+    threads: PositiveInt = 1
+    """torch threads. The same number of them gives the same weights, bit for bit."""
     score_examples: Annotated[int, Field(ge=2)] = 1000
     """Held-out examples per task and filler in the final scores."""
     checkpoint_every_steps: PositiveInt = 500

@@ -123,10 +123,10 @@ def _scored(text: dict[str, float]) -> str:
 
 
 def _row_shares(rows: dict[str, Any]) -> str:
-    kinds = ("key_value", "repeat", "copy_reverse", "n_back", "long_addition")
-    fracs = {kind.replace("_", "-"): rows[f"{kind}_frac"] for kind in kinds}
+    fracs = {"key-value": rows["key_value_frac"], "repeat": rows["repeat_frac"], "other tasks": rows["tasks_frac"]}
     shares = [f"{100 * frac:.0f} % {kind}" for kind, frac in fracs.items() if frac]
-    return ", ".join([*shares, f"{100 * (1 - sum(fracs.values())):.0f} % plain text"])
+    named = ", ".join(dict.fromkeys(name.replace("_", "-") for name in rows["tasks"]))
+    return ", ".join([*shares, f"{100 * (1 - sum(fracs.values())):.0f} % plain text"]) + f". Other tasks: {named}"
 
 
 def _task_rows(tasks: list[dict[str, Any]]) -> str:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cortex_core.config import TaskName
+from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.layout import Example, TextTask
+from cortex_core.tasks.long_addition import LongAddition
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import IntArray, TaskVocabulary
 from cortex_core.training.pretrain_config import PretrainConfig
 
-Kind = Literal["text", "key_value", "repeat", "copy_reverse", "n_back", "long_addition"]
-KINDS: tuple[Kind, ...] = ("text", "key_value", "repeat", "copy_reverse", "n_back", "long_addition")
+Kind = Literal["text", "repeat"] | TaskName
+KINDS: tuple[Kind, ...] = ("text", "repeat", *get_args(TaskName))
 _FILLERS = ("text", "random")
-_EARLY_SHARES = (0.10, 0.75, 0.15, 0.0, 0.0, 0.0)  # of KINDS, until recall is learned
+_EARLY_SHARES = {"text": 0.10, "key_value": 0.75, "repeat": 0.15}  # until recall is learned
 
 
 class Rows(NamedTuple):
@@ -63,20 +67,14 @@ class RowSource:
     def _shares(self, step: int) -> NDArray[np.float64]:
         """Probability of each kind at this step, in the order of KINDS."""
         rows = self.config.rows
-        if step < rows.early_steps:
-            return np.array(_EARLY_SHARES)
-        shares = np.array(
-            [
-                1.0 - rows.task_frac,
-                rows.key_value_frac,
-                rows.repeat_frac,
-                rows.copy_reverse_frac,
-                rows.n_back_frac,
-                rows.long_addition_frac,
-            ]
-        )
-        shares = np.maximum(shares, 0.0)
-        return shares / shares.sum()
+        shares = Counter(_EARLY_SHARES)
+        if step >= rows.early_steps:
+            shares = Counter({"text": 1.0 - rows.task_frac, "repeat": rows.repeat_frac})
+            shares["key_value"] += rows.key_value_frac
+            for name in rows.tasks:
+                shares[name] += rows.tasks_frac / len(rows.tasks)
+        probabilities = np.maximum([shares[kind] for kind in KINDS], 0.0)
+        return probabilities / probabilities.sum()
 
     def _row(self, kind: Kind, index: int, early: bool) -> tuple[IntArray, NDArray, NDArray]:
         rng = np.random.default_rng([self.config.seed, 12, index])
@@ -90,11 +88,19 @@ class RowSource:
             case "key_value":
                 return self._key_value(rng, index, window, early)
             case _:
-                filler = _FILLERS[int(rng.integers(2))]
-                queries = int(rng.integers(1, 9)) if kind == "n_back" else 1
-                task = self._task(kind, filler, any_token=kind == "n_back" and self._any_token(rng))
-                example = task.in_window_example(index, window, num_queries=queries)
-                return self._weighted(example, filler, answered=True)
+                return self._other(kind, rng, index, window)
+
+    def _other(
+        self, name: TaskName, rng: np.random.Generator, index: int, window: int
+    ) -> tuple[IntArray, NDArray, NDArray]:
+        filler = _FILLERS[int(rng.integers(2))]
+        task = self._task(name, filler, any_token=self._any_token(rng))
+        if isinstance(task, LongAddition | CopyReverse) and rng.random() < self.config.rows.smaller_frac:
+            task = replace(task, num_digits=int(rng.integers(2, task.num_digits)))
+        queries = int(rng.integers(1, self.config.rows.most_queries + 1))
+        while queries > 1 and task.max_overhead_tokens(num_queries=queries) > window:
+            queries -= 1
+        return self._weighted(task.in_window_example(index, window, num_queries=queries), filler, answered=True)
 
     def _key_value(
         self, rng: np.random.Generator, index: int, window: int, early: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from cortex_core.tasks.layout import Example
 from cortex_core.tasks.mixture import build_task, stack
 from cortex_core.tasks.vocabulary import Split, TaskVocabulary
 
-SCORED: tuple[TaskName, ...] = ("key_value", "n_back", "copy_reverse", "long_addition")
+SCORED: tuple[TaskName, ...] = get_args(TaskName)
 FILLERS = ("text", "random")
 SCORE_SEED = 1
 """Seed of the examples that are scored; training has its own."""

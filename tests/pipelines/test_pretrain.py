@@ -19,7 +19,7 @@ def test_command_trains_scores_and_resumes(tmp_path: Path, capsys: pytest.Captur
     recipe.write_text(
         'name = "tiny"\nsteps = 4\nbatch_size = 2\nscore_examples = 2\ncheckpoint_every_steps = 2\n'
         "report_every_steps = 2\n[decoder]\nvocab_size = 700\nhidden_size = 32\nnum_layers = 2\nmlp_size = 32\n"
-        f'window_tokens = 128\n[data]\nheld_out_frac = 0.2\npath = "{tmp_path / "text"}"\n'
+        f'window_tokens = 256\n[data]\nheld_out_frac = 0.2\npath = "{tmp_path / "text"}"\n'
     )
     out = tmp_path / "model"
     assert main([str(recipe), "--out", str(out), "steps=2", "decay_frac=0"]) == 0
@@ -28,7 +28,7 @@ def test_command_trains_scores_and_resumes(tmp_path: Path, capsys: pytest.Captur
     assert "resuming from" in capsys.readouterr().out
     scores = json.loads((out / "scores.json").read_text())
     assert scores["steps"] == 4
-    assert scores["training_tokens"] == 4 * 2 * 128
+    assert scores["training_tokens"] == 4 * 2 * 256
 
 
 @pytest.mark.parametrize(

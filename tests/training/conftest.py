@@ -31,7 +31,7 @@ def pretrain_config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
                 "hidden_size": 32,
                 "num_layers": 2,
                 "mlp_size": 32,
-                "window_tokens": 128,
+                "window_tokens": 256,
             },
             "rows": {"early_steps": 2},
             "data": {"path": str(folder), "held_out_frac": 0.2},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cortex_core.config import ASSETS, DataConfig
+from cortex_core.config import ASSETS, DataConfig, TaskName
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.pretrain import Pretraining
@@ -33,8 +34,8 @@ class Shifted(torch.nn.Module):
 
 def test_scores_tell_a_model_that_knows_from_one_that_does_not(started: Pretraining) -> None:
     for ahead, accuracy in ((1, 1.0), (0, 0.0)):
-        rows = score_tasks(Shifted(ahead), started.vocabulary, started.corpus, window_tokens=128, num_examples=5)
-        assert len(rows) == 10, "five tasks with two fillers each"
+        rows = score_tasks(Shifted(ahead), started.vocabulary, started.corpus, window_tokens=256, num_examples=5)
+        assert len(rows) == 2 * (len(get_args(TaskName)) + 1), "every task and another key-value, with two fillers each"
         assert {(row["task"], row["words"]) for row in rows} >= {
             ("key_value", "held_out"),
             ("key_value", "train"),

@@ -27,7 +27,9 @@ def test_rows_have_the_configured_shares(source: RowSource) -> None:
     rows = source.config.rows
     assert late["key_value"] / 1000 == pytest.approx(rows.key_value_frac, abs=0.05)
     assert late["text"] / 1000 == pytest.approx(1 - rows.task_frac, abs=0.05)
-    assert set(late) == set(KINDS)
+    assert set(late) == {"text", "repeat", "key_value", *rows.tasks}
+    assert sum(late[name] for name in {*rows.tasks}) / 1000 == pytest.approx(rows.tasks_frac, abs=0.05)
+    assert late["long_addition"] > late["copy_reverse"]
     early = Counter(KINDS[kind] for kind in source.batch(0).kinds)
     assert early["key_value"] > 120
 
