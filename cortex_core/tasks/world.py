@@ -7,6 +7,7 @@ People, places and objects are numbers, every one another number; `world_tasks` 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -171,7 +172,8 @@ def map_of(rng: np.random.Generator, places: Sequence[int]) -> tuple[list[Event]
     """Two-argument relations: places on a grid, all joined by neighbours; every question has one right answer.
 
     " north a b" tells that a is the next place north of b. One fact for each link, told from either end, in random
-    order; both ends of every link can be asked: what is north (" above"), south, east, west of this place?
+    order. What is north (" above"), south, east or west of a place can be asked where the place has several neighbours:
+    of a lone one the direction would not matter.
     """
     cells, facts, questions = {(0, 0): places[0]}, [], []
     for place in places[1:]:
@@ -186,7 +188,11 @@ def map_of(rng: np.random.Generator, places: Sequence[int]) -> tuple[list[Event]
         back = _OPPOSITE[direction]
         facts.append(Event(direction, (place, neighbour)) if rng.random() < 0.5 else Event(back, (neighbour, place)))
         questions += [Question(_ASKS[direction], (neighbour,), place), Question(_ASKS[back], (place,), neighbour)]
-    return [facts[at] for at in rng.permutation(len(facts))], questions
+    neighbours = Counter(question.about for question in questions)
+    return (
+        [facts[at] for at in rng.permutation(len(facts))],
+        [question for question in questions if neighbours[question.about] > 1],
+    )
 
 
 def draw(rng: np.random.Generator, kinds: Sequence[Sequence[Question]], num_queries: int) -> list[Question]:

@@ -241,7 +241,7 @@ class WorldQA5(WorldTask):
     """Who gave this object, who got it, and what did this person give, the last time?"""
 
     name: ClassVar[str] = "world_qa5"
-    tells: ClassVar[Mapping[str, float]] = MappingProxyType({" went": 1.0, " got": 2.0, " put": 0.2, " gave": 1.0})
+    tells: ClassVar[Mapping[str, float]] = MappingProxyType({" went": 1.0, " got": 2.0, " put": 0.2, " gave": 2.0})
     asks: ClassVar[Iterable[str]] = (" giver", " receiver", " given")
     company_frac: ClassVar[float] = 0.9
 

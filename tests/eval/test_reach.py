@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.eval.reach import Hits, padded, recall
 from cortex_core.tasks.layout import TextTask
 from tests import tiny
-from tests.tiny import SEGMENT
+from tests.tiny import SEGMENT, Ragged
 
 GAPS, INDICES = (0, 5, 32, 33, 100), range(3, 15)
 
@@ -35,8 +38,22 @@ def noisy() -> Cortex:
     return tiny.model(open_gates=True)
 
 
+@dataclass(frozen=True)
+class Strewn(Ragged):
+    """The hand-made task with its facts all over the gap."""
+
+    name: ClassVar[str] = "strewn"
+    scattered: ClassVar[bool] = True
+
+
+def strewn(filler: str = "text") -> Strewn:
+    like = tiny.ragged(filler)
+    return Strewn(like.vocabulary, like.filler)
+
+
 TASKS = {
     "ragged": (noisy, tiny.ragged), "ragged in random tokens": (noisy, lambda: tiny.ragged("random")),
+    "scattered": (noisy, strewn), "scattered in random tokens": (noisy, lambda: strewn("random")),
     "words never seen": (tiny.trained, lambda: tiny.task(split="held_out")),
 }  # fmt: skip
 
@@ -67,16 +84,25 @@ def test_a_trained_memory_reaches_where_the_bare_model_does_not() -> None:
     assert sum(far.with_memory) >= 14 and sum(far.bare) <= 4
 
 
-def test_asking_does_not_disturb_what_is_read_on() -> None:
-    model, task = noisy(), tiny.ragged()
+def test_scattered_facts_are_told_once_and_stand_elsewhere_in_each_gap() -> None:
+    task, lengths = strewn(), [len(strewn().example(index, 0).tokens) for index in INDICES]
+    assert lengths == [len(tiny.ragged().example(index, 0).tokens) for index in INDICES]
+    near, far = task.example(INDICES[0], 32).tokens, task.example(INDICES[0], 100).tokens
+    assert near[: len(near) - 10].tolist() != far[: len(near) - 10].tolist(), "or one reading would do for both"
+
+
+@pytest.mark.parametrize("make", [tiny.ragged, strewn])
+def test_asking_does_not_disturb_what_is_read_on(make: Callable[[], TextTask]) -> None:
+    model, task = noisy(), make()
     together = {hits.gap_tokens: hits for hits in recall(model, task, GAPS, INDICES)}
     for gap in GAPS:
         (alone,) = recall(model, task, [gap], INDICES)
         assert alone == together[gap]
 
 
-def test_rows_do_not_depend_on_their_company() -> None:
-    model, task = noisy(), tiny.ragged()
+@pytest.mark.parametrize("make", [tiny.ragged, strewn])
+def test_rows_do_not_depend_on_their_company(make: Callable[[], TextTask]) -> None:
+    model, task = noisy(), make()
     batch = list(recall(model, task, GAPS, INDICES))
     for position, index in enumerate(INDICES):
         alone = list(recall(model, task, GAPS, [index]))
@@ -96,6 +122,13 @@ def test_progress_counts_every_token_once() -> None:
     assert len(read) == len(GAPS)
     assert sum(read) == sum(facts) + len(INDICES) * max(GAPS)
     assert read[0] == sum(facts)
+
+
+def test_progress_counts_every_reading_of_scattered_facts() -> None:
+    task, read = strewn(), []
+    list(recall(noisy(), task, GAPS, INDICES, on_progress=read.append))
+    facts = sum(len(task.example(index, 0).tokens) - task.query_tokens(index) for index in INDICES)
+    assert read == [facts + len(INDICES) * gap for gap in GAPS]
 
 
 def test_an_untrained_memory_answers_as_the_bare_model_in_the_window() -> None:
