@@ -62,6 +62,9 @@ class FastWeightsConfig(Settings):
     """Decoder layers that carry a memory, counted from 0; `auto` is one layer, a quarter of the way up."""
     rank: PositiveInt = 16
     """Dimensions of the key space per head. A head keeps about `rank` facts apart; state grows linearly with it."""
+    rank_budget: Annotated[float, Field(gt=0.0)] | None = None
+    """Dimensions per head that are kept, on average over all layers and heads: those that are used least are dropped
+    during training (`training.prune_frac`). None keeps all."""
     rule: Literal["delta", "hebbian", "source"] = "delta"
     """How a token is written: `delta` corrects the error at its key; `hebbian` adds, against a decay that is gated by
     the write and an anti-Hebbian term, and moves its own keys; `source` is the published rule, for comparison."""
@@ -107,14 +110,21 @@ class FastWeightsConfig(Settings):
         return 0.0 if self.rule == "delta" else max(0.0, self.write_strength - self.anti_hebbian_rate)
 
     @model_validator(mode="after")
+    def budget_is_within_rank(self) -> FastWeightsConfig:
+        """Dimensions can be dropped, not added."""
+        if self.rank_budget is not None and self.rank_budget > self.rank:
+            raise ValueError(f"rank_budget = {self.rank_budget} must be at most rank = {self.rank}: it is what is left")
+        return self
+
+    @model_validator(mode="after")
     def hebbian_is_contractive(self) -> FastWeightsConfig:
         """Along a unit key a write w multiplies the state by decay**w (1 + w (write_strength - anti_hebbian_rate))."""
         rate = -math.log(self.decay) / max(self.time_scales)
         if self.rule != "delta" and rate < self.slowest_rate:
             raise ValueError(
-                f"write_strength = {self.write_strength} is beyond the stability bound of rule = {self.rule!r}: must be "
-                f"at most anti_hebbian_rate - ln(decay) / max(time_scales) = {self.anti_hebbian_rate + rate:.4f}, or the "
-                "state grows with every write. Lower write_strength or decay"
+                f"write_strength = {self.write_strength} is beyond the stability bound of rule = {self.rule!r}: must "
+                f"be at most anti_hebbian_rate - ln(decay) / max(time_scales) = {self.anti_hebbian_rate + rate:.4f}, "
+                "or the state grows with every write. Lower write_strength or decay"
             )
         return self
 
@@ -211,6 +221,8 @@ class TrainingConfig(Settings):
     short_frac: Fraction = 0.4
     """Share of training, from its start, spent on two segments of a quarter and then half the window; afterwards
     segments are whole and their number is drawn from 2 to `max_segments`."""
+    prune_frac: Fraction = 0.6
+    """Share of training after which the memory is cut down to `fast_weights.rank_budget`, if there is one."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
     in_window_batch_size: Annotated[int, Field(ge=0)] = 4

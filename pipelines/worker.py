@@ -174,6 +174,7 @@ def _save(
         for name, value in learner.state()[0].items()
         if name.startswith("average.")
     }
+    weights |= {f"{name}.live": addresses.live for name, addresses in learner.usage.addresses.items()}
     write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
     if document is not None:
         (folder / EVALUATION).write_text(json.dumps(document))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cortex_core.config import FastWeightsConfig
 from cortex_core.errors import DataError, IncompatibleError
 
-SCHEMA = "cortex-sidecars/1"
+SCHEMA = "cortex-sidecars/2"
 WEIGHTS, SETTINGS = "sidecars.safetensors", "cortex.json"
 
 
@@ -40,7 +40,7 @@ def write(
         "segment_tokens": segment_tokens,
         "fast_weights": fast_weights.model_dump(mode="json"),
     }
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in _compact(weights).items()}
     save_file(tensors, folder / (WEIGHTS + ".partial"))
     (folder / (SETTINGS + ".partial")).write_text(json.dumps(settings, indent=2) + "\n")
     for name in (WEIGHTS, SETTINGS):
@@ -59,7 +59,7 @@ def read(folder: Path) -> SavedSidecars:
         if settings["schema"] != SCHEMA:
             raise DataError(f"sidecars {folder}: schema is {settings['schema']!r}, this version reads {SCHEMA!r}")
         config = FastWeightsConfig.model_validate(settings["fast_weights"])
-        weights = load_file(folder / WEIGHTS)
+        weights = _expanded(load_file(folder / WEIGHTS))
         return SavedSidecars(
             folder, weights, config, int(settings["segment_tokens"]), str(settings["backbone_fingerprint"])
         )
@@ -82,3 +82,32 @@ def restore(sidecars: nn.Module, saved: SavedSidecars, backbone: str) -> None:
         differing = sorted(set(expected.items()) ^ set(found.items()))[0][0]
         raise DataError(f"sidecars {saved.folder}: {WEIGHTS} does not fit {SETTINGS} (first difference: {differing})")
     sidecars.load_state_dict(saved.weights)
+
+
+_BY_DIMENSION = ("content", "key_taps", "query_taps")
+"""Parts of the addresses with a column for each dimension of the key space."""
+
+
+def _compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the columns of dimensions that were pruned."""
+    smaller = dict(weights)
+    for name, live in weights.items():
+        if name.endswith(".live"):
+            for part in _BY_DIMENSION:
+                other = name.removesuffix("live") + part
+                smaller[other] = weights[other][:, live.flatten() > 0]
+    return smaller
+
+
+def _expanded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With zeros there again. A tensor that does not fit its mask is left as it is, and refused later."""
+    larger = dict(weights)
+    for name, live in weights.items():
+        if name.endswith(".live"):
+            columns = live.flatten() > 0
+            for part in _BY_DIMENSION:
+                found = weights.get(other := name.removesuffix("live") + part)
+                if found is not None and found.shape[1:] == (int(columns.sum()),):
+                    larger[other] = found.new_zeros(len(found), len(columns))
+                    larger[other][:, columns] = found
+    return larger

@@ -50,7 +50,7 @@ class Suite:
             "rows": rows,
             "usage": gate_usage(model, self._task("key_value", "text"), range(self.config.batch_size)),
             "throughput": self._throughput(model),
-            "state_bytes": sum(state.num_bytes for state in model.empty_states(1).values()),
+            "state_bytes": sum(sidecar.state_bytes for _, sidecar in model.ports.values()),
             "sidecar_parameters": sum(p.numel() for p in model.sidecars.parameters()),
             "chance": {name: 1 / len(self.vocabulary.values["held_out"]) for name in ("key_value",)},
             "window_tokens": model.segment_tokens,

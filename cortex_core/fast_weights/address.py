@@ -23,12 +23,14 @@ class Addresses(nn.Module):
         self.content = nn.Parameter(torch.randn(hidden, heads * rank) / hidden**0.5)
         self.key_taps = nn.Parameter(_one_tap(min(1, taps - 1), taps, heads * rank))
         self.query_taps = nn.Parameter(_one_tap(0, taps, heads * rank))
+        self.register_buffer("live", torch.ones(heads, rank))
+        self.live: Tensor  # 1 for the dimensions that are used, 0 for those that were pruned (`ranks`)
 
     def forward(
         self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"], *, read: bool
     ) -> tuple[Float[Tensor, "batch heads tokens rank"], Float[Tensor, "batch heads tokens rank"]]:
         """Keys and queries. `place` counts tokens within the segment. Without `read`, queries are the keys, unused."""
-        content = hidden @ self.content
+        content = hidden @ (self.content * self.live.flatten())
         keys = self._unit(content, self.key_taps, place)
         return keys, self._unit(content, self.query_taps, place) if read else keys
 

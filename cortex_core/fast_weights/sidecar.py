@@ -89,6 +89,15 @@ class Sidecar(nn.Module):
             return empty._replace(down=torch.zeros(batch, s.heads, rank, rank, device=device))
         return empty
 
+    @property
+    def state_bytes(self) -> int:
+        """What must be kept of one reader's state, in bytes: no row for a dimension that was pruned."""
+        return (
+            int(self.addresses.live.sum()) * self.shape.value_dim * 4
+            if self.config.rule == "delta"
+            else (self.empty_state(1).num_bytes)
+        )
+
     def rule(self) -> Rule:
         """The recurrence with the constants that the parameters now give."""
         config, log_decay = self.config, self.decay()

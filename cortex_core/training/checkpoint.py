@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cortex_core.errors import DataError
 from cortex_core.training.loop import Learner
 
-SCHEMA = "cortex-checkpoint/1"
+SCHEMA = "cortex-checkpoint/2"
 TENSORS, COUNTERS = "training.safetensors", "training.json"
 
 

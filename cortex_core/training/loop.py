@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import OptimizerConfig, TrainingConfig
+from cortex_core.fast_weights.ranks import Usage
 from cortex_core.training.objectives import Batch
 
 
@@ -37,6 +38,7 @@ class Learner:
             parameter_groups(self.parameters, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.usage = Usage(model.sidecars)
         self.step_number = 0
         self.nonfinite_steps = 0
 
@@ -53,6 +55,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
         metrics["gradient_norm"] = float(norm)
         if math.isfinite(metrics["gradient_norm"]):  # gradients are averaged over workers: all agree
+            self._adapt_rank()
             self.optimizer.step()
             self._average()
         else:
@@ -78,6 +81,13 @@ class Learner:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / parts
         return sums
+
+    def _adapt_rank(self) -> None:
+        budget, cut = self.model.fast_weights.rank_budget, round(self.training.prune_frac * self.training.steps)
+        if budget is not None and self.step_number <= cut:
+            self.usage.measure()
+            if self.step_number == cut:
+                self.usage.prune(budget)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         device = self.model.backbone.device.type
@@ -121,6 +131,8 @@ class Learner:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        for name, addresses in self.usage.addresses.items():
+            tensors |= {f"usage.{name}": self.usage.scores[name], f"live.{name}": addresses.live}
         return tensors, {"step": self.step_number, "nonfinite_steps": self.nonfinite_steps}
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
@@ -139,6 +151,9 @@ class Learner:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(device) for key, value in saved.items()
                 }
+        for name, addresses in self.usage.addresses.items():
+            self.usage.scores[name] = tensors[f"usage.{name}"].to(device)
+            addresses.live.copy_(tensors[f"live.{name}"])
         self.step_number, self.nonfinite_steps = counters["step"], counters["nonfinite_steps"]
 
 

@@ -43,7 +43,7 @@ def test_it_holds_numbers_and_no_code(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [COUNTERS, TENSORS]
     assert json.loads((saved / COUNTERS).read_text()) == {"schema": SCHEMA, "step": 2, "nonfinite_steps": 0}
     kinds = {name.split(".")[0] for name in load_file(saved / TENSORS)}
-    assert kinds == {"weights", "average", "optimizer", "random_state"}
+    assert kinds == {"weights", "average", "optimizer", "usage", "live", "random_state"}
 
 
 def test_random_numbers_go_on_where_they_were(learner: Learner, tmp_path: Path) -> None:
