@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -67,9 +67,9 @@ class RowSource:
     def _shares(self, step: int) -> NDArray[np.float64]:
         """Probability of each kind at this step, in the order of KINDS."""
         rows = self.config.rows
-        shares = Counter(_EARLY_SHARES)
+        shares: defaultdict[str, float] = defaultdict(float, _EARLY_SHARES)
         if step >= rows.early_steps:
-            shares = Counter({"text": 1.0 - rows.task_frac, "repeat": rows.repeat_frac})
+            shares = defaultdict(float, {"text": 1.0 - rows.task_frac, "repeat": rows.repeat_frac})
             shares["key_value"] += rows.key_value_frac
             for name in rows.tasks:
                 shares[name] += rows.tasks_frac / len(rows.tasks)
