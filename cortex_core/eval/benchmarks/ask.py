@@ -1,0 +1,133 @@
+"""One example asked twice: of a memory that has read all of it, and of the bare model, which sees the end of it.
+
+Both continue the same plain text (no chat template), greedily, for as many tokens. The memory reads the context into a
+fresh session and then the question; the bare model gets the last window of the same tokens: the question and what
+stands before it. Nothing is cut from the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.errors import ConfigError
+from cortex_core.eval.benchmarks.example import Example, Task
+from cortex_core.eval.reach import READ_TOKENS
+
+PIECE_CHARACTERS = 1 << 20
+"""Longest text that the tokenizer gets at once: it keeps far more than the ids."""
+
+
+class Answers(NamedTuple):
+    """What was generated, without special tokens, and for how long a prompt."""
+
+    memory: str
+    bare: str
+    prompt_tokens: int
+    bare_tokens: int
+    """Tokens of the prompt that the bare model saw."""
+
+
+class Limits(NamedTuple):
+    """What both get in tokens, whatever the example."""
+
+    window: int
+    """Most tokens of the prompt that the bare model sees."""
+    positions: int
+    """The backbone's own window, for prompt and answer together."""
+
+    def new_tokens(self, task: Task) -> int:
+        """Most tokens of an answer, at most half of what the backbone can see at all."""
+        return min(task.max_new_tokens, max(1, self.positions // 2))
+
+
+def limits(model: Cortex, window: int | None) -> Limits:
+    """`window` defaults to one segment, as much attention as the memory has. Raises ConfigError."""
+    positions = getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    if window is not None and not 2 <= window <= positions:
+        raise ConfigError(f"--window {window}: must be at least 2 and at most {positions}, the backbone's own window")
+    return Limits(window or model.segment_tokens, positions)
+
+
+@torch.no_grad()
+def ask(
+    model: Cortex,
+    tokenizer: Any,
+    example: Example,
+    task: Task,
+    limits: Limits,
+    on_progress: Callable[[float], None] = lambda read_frac: None,
+) -> Answers:
+    """Generate both answers. `on_progress` is told the share of the context that has been read."""
+    first, ids, closing = _prompt(tokenizer, example, task)
+    device, count = model.backbone.device, limits.new_tokens(task)
+    everything = np.concatenate([first, ids])
+    start = len(everything) - max(1, closing)  # generation needs a token to go on from
+    session = model.new_session()
+    for at in range(0, start, READ_TOKENS):
+        part = everything[at : min(at + READ_TOKENS, start)]
+        model.read(_batch(part, device), session)
+        on_progress((at + len(part)) / start)
+    with_memory = _generate(model, tokenizer, _batch(everything[start:], device), count, session=session)
+    room = max(1, min(limits.window, limits.positions - count) - len(first))
+    seen = np.concatenate([first, ids[-room:]])
+    with model.memory(False):
+        prompt = _batch(seen, device)
+        bare = _generate(model, tokenizer, prompt, count, attention_mask=torch.ones_like(prompt))
+    return Answers(with_memory, bare, len(everything), len(seen))
+
+
+def _generate(model: Cortex, tokenizer: Any, ids: Int[Tensor, "1 tokens"], count: int, **options: Any) -> str:
+    settings = model.backbone.generation_config
+    pad = settings.pad_token_id if settings.pad_token_id is not None else _first(settings.eos_token_id)
+    out = model.generate(
+        ids,
+        max_new_tokens=count,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        **options,
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _first(eos: int | list[int] | None) -> int:
+    return (eos[0] if eos else 0) if isinstance(eos, list) else eos or 0
+
+
+def _prompt(tokenizer: Any, example: Example, task: Task) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """The token that begins a text, if the model has one; all others [tokens]; how many of them are the question's."""
+    begin = tokenizer.bos_token_id
+    first = [begin] if begin is not None and begin in tokenizer("").input_ids else []
+    texts = [task.before + example.context[0], *example.context[1:]]
+    ids = [_ids(tokenizer, piece) for text in texts for piece in _pieces(text)]
+    closing = _ids(tokenizer, task.closing(example))
+    return np.array(first, dtype=np.int64), np.concatenate([*ids, closing]), len(closing)
+
+
+def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut before spaces: there a tokenizer cuts as well."""
+    at = 0
+    while len(text) - at > PIECE_CHARACTERS:
+        space = text.rfind(" ", at + 1, at + PIECE_CHARACTERS)
+        end = space if space > 0 else at + PIECE_CHARACTERS
+        yield text[at:end]
+        at = end
+    yield text[at:]
+
+
+def _batch(ids: NDArray[np.int64], device: torch.device) -> Int[Tensor, "1 tokens"]:
+    return torch.from_numpy(ids).to(device)[None]
