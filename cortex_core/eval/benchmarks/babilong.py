@@ -3,7 +3,7 @@
 Format: `data/qa1/4k.json`, a list of input, question and target; also `4k/qa1-00000-of-00001.parquet`, as in the sets
 with 1,000 examples. Kuratov et al. (2024), "BABILong: testing the limits of LLMs with long context
 reasoning-in-a-haystack", NeurIPS. https://github.com/booydar/babilong. The prompts are our own, without solved
-examples.
+examples; as they ask for an answer on one line, an answer ends with its line.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ TASKS = {
         MAX_NEW_TOKENS,
         ("label",),
         "The text below has a few facts in it. Remember them.\n\n",
+        first_line=True,
     )
     for number in range(1, 21)
 }
