@@ -2,12 +2,13 @@
 
 Both continue the same plain text (no chat template), greedily, for as many tokens. The memory reads the context into a
 fresh session and then the question; the bare model gets the last window of the same tokens: the question and what
-stands before it. Nothing is cut from the middle.
+stands before it. Nothing is cut from the middle. The context is streamed: neither its tokens nor what the model makes
+of them are ever all in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,22 +67,21 @@ def ask(
     on_progress: Callable[[float], None] = lambda read_frac: None,
 ) -> Answers:
     """Generate both answers. `on_progress` is told the share of the context that has been read."""
-    first, ids, closing = _prompt(tokenizer, example, task)
-    device, count = model.backbone.device, limits.new_tokens(task)
-    everything = np.concatenate([first, ids])
-    start = len(everything) - max(1, closing)  # generation needs a token to go on from
-    session = model.new_session()
-    for at in range(0, start, READ_TOKENS):
-        part = everything[at : min(at + READ_TOKENS, start)]
-        model.read(_batch(part, device), session)
-        on_progress((at + len(part)) / start)
-    with_memory = _generate(model, tokenizer, _batch(everything[start:], device), count, session=session)
+    device, count, session = model.backbone.device, limits.new_tokens(task), model.new_session()
+    first, closing = _beginning(tokenizer), _ids(tokenizer, task.closing(example))
     room = max(1, min(limits.window, limits.positions - count) - len(first))
-    seen = np.concatenate([first, ids[-room:]])
+    held, end, num_tokens = first, closing[:0], len(first) + len(closing)
+    for block, read_frac in _blocks(tokenizer, [task.before + example.context[0], *example.context[1:]]):
+        if len(held):
+            model.read(_batch(held, device), session)
+        held, end = block, np.concatenate([end, block])[-room:]  # generation needs a token to go on from
+        num_tokens += len(block)
+        on_progress(read_frac)
+    memory = _generate(model, tokenizer, _batch(np.concatenate([held, closing]), device), count, session=session)
+    prompt = _batch(np.concatenate([first, np.concatenate([end, closing])[-room:]]), device)
     with model.memory(False):
-        prompt = _batch(seen, device)
         bare = _generate(model, tokenizer, prompt, count, attention_mask=torch.ones_like(prompt))
-    return Answers(with_memory, bare, len(everything), len(seen))
+    return Answers(memory, bare, num_tokens, prompt.shape[1])
 
 
 def _generate(model: Cortex, tokenizer: Any, ids: Int[Tensor, "1 tokens"], count: int, **options: Any) -> str:
@@ -104,14 +104,23 @@ def _first(eos: int | list[int] | None) -> int:
     return (eos[0] if eos else 0) if isinstance(eos, list) else eos or 0
 
 
-def _prompt(tokenizer: Any, example: Example, task: Task) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """The token that begins a text, if the model has one; all others [tokens]; how many of them are the question's."""
+def _beginning(tokenizer: Any) -> NDArray[np.int64]:
+    """The token that begins a text, if the model has one."""
     begin = tokenizer.bos_token_id
-    first = [begin] if begin is not None and begin in tokenizer("").input_ids else []
-    texts = [task.before + example.context[0], *example.context[1:]]
-    ids = [_ids(tokenizer, piece) for text in texts for piece in _pieces(text)]
-    closing = _ids(tokenizer, task.closing(example))
-    return np.array(first, dtype=np.int64), np.concatenate([*ids, closing]), len(closing)
+    has_one = begin is not None and begin in tokenizer("").input_ids
+    return np.array([begin] if has_one else [], dtype=np.int64)
+
+
+def _blocks(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[NDArray[np.int64], float]]:
+    """Tokens [at most READ_TOKENS] of all texts in order, and the share of the characters that they reach up to."""
+    done, total = 0, sum(map(len, texts))
+    for text in texts:
+        for piece in _pieces(text):
+            ids = _ids(tokenizer, piece)
+            for at in range(0, len(ids), READ_TOKENS):
+                block = ids[at : at + READ_TOKENS]
+                yield block, (done + len(piece) * (at + len(block)) / len(ids)) / total
+            done += len(piece)
 
 
 def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:

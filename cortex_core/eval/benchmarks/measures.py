@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+from itertools import chain
 
 from cortex_core.eval.benchmarks.example import Example, Task
 
@@ -33,7 +34,8 @@ def f1(answer: str, truth: str, example: Example) -> float:
 
 def char_f1(answer: str, truth: str, example: Example) -> float:
     """The same where each ideograph is a word."""
-    return _f1(*(_IDEOGRAPH.sub(r" \1 ", _plain(text)).split() for text in (answer, truth)))
+    got, wanted = (_IDEOGRAPH.sub(r" \1 ", _plain(text)).split() for text in (answer, truth))
+    return _f1(got, wanted)
 
 
 def rouge_l(answer: str, truth: str, example: Example) -> float:
@@ -44,13 +46,12 @@ def rouge_l(answer: str, truth: str, example: Example) -> float:
     """
     got, wanted = _sentences(answer), _sentences(truth)
     common = {word for one in wanted for other in got for word in common_subsequence(one, other)}
-    sizes = (len({word for sentence in text for word in sentence}) for text in (got, wanted))
-    return _harmonic(len(common), *sizes)
+    return _harmonic(len(common), len(set(chain(*got))), len(set(chain(*wanted))))
 
 
 def char_rouge_l(answer: str, truth: str, example: Example) -> float:
     """The same where each ideograph is a word."""
-    return rouge_l(*(_IDEOGRAPH.sub(r" \1 ", text) for text in (answer, truth)), example)
+    return rouge_l(_IDEOGRAPH.sub(r" \1 ", answer), _IDEOGRAPH.sub(r" \1 ", truth), example)
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:

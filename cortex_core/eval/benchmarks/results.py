@@ -16,6 +16,8 @@ from cortex_core.eval.benchmarks.measures import YES_OR_NO
 from cortex_core.eval.intervals import Interval, mean_interval, paired_difference, wilson
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "run.json", "summary.json"
+TABLES = (".csv", ".parquet")
+"""Endings of the other forms of the summary."""
 SCHEMA = "cortex-bench/1"
 ALL = "all"
 """Task or length of a row that several are joined in."""
@@ -104,6 +106,30 @@ def summarize(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         group = [row for row in answers if task in (ALL, row["task"]) and length in (ALL, row["length"])]
         rows += [{"task": task, "length": length} | row for row in _means(group)]
     return rows
+
+
+def write_summary(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write what `summarize` gives as JSON, and flat as CSV and parquet. Returns the path of the first.
+
+    In the flat ones a column is a number: memory, memory_low, memory_high, the same of bare and of difference.
+    """
+    import pyarrow as arrow  # slow to import, and only this needs it
+    from pyarrow import csv, parquet
+
+    path = folder / SUMMARY
+    table = arrow.Table.from_pylist([_flat(row) for row in rows])
+    csv.write_csv(table, path.with_suffix(".csv"))
+    parquet.write_table(table, path.with_suffix(".parquet"))
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in row.items():
+        parts = value if isinstance(value, dict) else {"value": value}
+        flat |= {name if part == "value" else f"{name}_{part}": number for part, number in parts.items()}
+    return flat
 
 
 def _means(group: list[dict[str, Any]]) -> list[dict[str, Any]]:

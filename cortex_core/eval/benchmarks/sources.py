@@ -34,12 +34,16 @@ class Catalogue:
 
     def examples(self) -> Iterator[Example]:
         """The selected ones, lazily, in order of the files' names. Raises DataError with file and place."""
-        taken: Counter[tuple[str, str]] = Counter()
-        for example in self._all():
-            group = example.task, example.length
-            if self.selection.wants(*group) and taken[group] != self.selection.limit:
-                taken[group] += 1
-                yield example
+        taken: Counter[tuple[str | None, str | None]] = Counter()
+        for source in self.sources:
+            if self.selection.wants(*source.place):
+                for example in self._each(source):
+                    group = example.task, example.length
+                    if self.selection.wants(*group) and taken[group] != self.selection.limit:
+                        taken[group] += 1
+                        yield example
+                    if taken[source.place] == self.selection.limit:
+                        break  # all that it has is of one group: the rest need not be read
 
     def keys(self) -> list[str]:
         """Keys of the selected examples. Reads everything once, so that what is broken is told before a model runs.
@@ -61,23 +65,25 @@ class Catalogue:
             raise DataError(f"--data = {self.data}: no example of {self.benchmark.title} is selected, or in it")
         return keys
 
-    def _all(self) -> Iterator[Example]:
-        """Those of the selected files. A key that comes again is numbered: each example is asked."""
+    def _each(self, source: Source) -> Iterator[Example]:
+        """Those of one source. A key that comes again is numbered: each example is asked."""
         times: Counter[str] = Counter()
-        for source in self.sources:
-            if self.selection.wants(*source.place):
-                for example in self.benchmark.examples(source):
-                    times[example.key] += 1
-                    again = times[example.key]
-                    yield example if again == 1 else example._replace(key=f"{example.key}#{again}")
+        for example in self.benchmark.examples(source):
+            times[example.key] += 1
+            again = times[example.key]
+            yield example if again == 1 else example._replace(key=f"{example.key}#{again}")
 
 
 def open_benchmark(name: str, data: str, selection: Selection) -> Catalogue:
     """Find, or fetch from the hub, the files of the benchmark `name`. No file is read yet but the list in an archive.
 
-    Raises DataError: nothing there, nothing of this benchmark, no network.
+    Raises DataError (nothing there, nothing of this benchmark, no network), ConfigError (a task that it does not have).
     """
     benchmark, asked = BENCHMARKS[name], selection
+    for task in selection.tasks:
+        if task not in benchmark.tasks:
+            known = ", ".join(sorted(benchmark.tasks, key=by_size))
+            raise ConfigError(f"--task {task}: {benchmark.title} has no such task. It has: {known}")
     if data.startswith(HUB):
         default = benchmark.hub_default
         selection = Selection(asked.tasks or default.tasks, asked.lengths or default.lengths, asked.limit)

@@ -102,13 +102,6 @@ def test_answers_of_one_example_do_not_leak_into_the_next(model: Cortex) -> None
     assert asked(model, example(long_context(100))) == first
 
 
-def test_progress_goes_up_to_one(model: Cortex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "READ_TOKENS", 64)
-    told: list[float] = []
-    asked(model, example(long_context()), on_progress=told.append)
-    assert len(told) > 3 and told == sorted(told) and told[-1] == 1
-
-
 class WithBeginning:
     """A tokenizer that begins each text with a token, as Llama's and Gemma's do."""
 
@@ -123,6 +116,33 @@ class WithBeginning:
 
     def decode(self, *arguments: Any, **options: Any) -> str:
         return self.inner.decode(*arguments, **options)
+
+
+def test_a_context_is_streamed(model: Cortex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is tokenized once all before it, but for the last block, has been read; a block is all that is held."""
+    monkeypatch.setattr(module, "READ_TOKENS", 10)
+    read, before, real = [], [], Cortex.read
+    monkeypatch.setattr(
+        Cortex, "read", lambda self, ids, *a, **o: read.append(ids.shape[1]) or real(self, ids, *a, **o)
+    )
+
+    class Noting(WithBeginning):
+        def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> Any:
+            before.append(sum(read))
+            return super().__call__(text, add_special_tokens, **options)
+
+    texts = [long_context(30)] * 8
+    found = asked(model, example(*texts), tokenizer=Noting())
+    each, told = tokens(texts[0]).shape[1], before[-8:]
+    assert max(read) == 10 and sum(read) > found.prompt_tokens - 20 > 7 * each > 200
+    assert all(number * each - 10 <= at <= 2 + number * each for number, at in enumerate(told)), told
+
+
+def test_progress_goes_up_to_one(model: Cortex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_TOKENS", 64)
+    told: list[float] = []
+    asked(model, example(long_context()), on_progress=told.append)
+    assert len(told) > 3 and told == sorted(told) and told[-1] == 1
 
 
 def test_a_token_that_begins_a_text_begins_both_prompts(model: Cortex, monkeypatch: pytest.MonkeyPatch) -> None:

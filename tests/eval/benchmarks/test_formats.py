@@ -201,7 +201,18 @@ def test_files_that_are_not_selected_are_not_read(tmp_path: Path) -> None:
     assert "qa8/0k.json record 1 is not JSON" in refusal("babilong", tmp_path)
 
 
+def test_a_file_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    """Where its name says that all of it is of one task and length."""
+    (tmp_path / "qa1").mkdir()
+    text = (PUBLISHED / "babilong/data/qa1/0k.json").read_text()
+    (tmp_path / "qa1/0k.json").write_text(text.rstrip()[:-1] + ', "broken by an editor"]')
+    assert len(found("babilong", tmp_path, Selection(limit=3))) == 3
+    assert "record 4 is not a JSON object" in refusal("babilong", tmp_path, Selection(limit=4))
+
+
 def test_a_selection_that_is_not_there_is_told_what_is() -> None:
+    line = refusal("longmemeval", "/", Selection(("qa1",)), ConfigError)
+    assert line.startswith("--task qa1: LongMemEval has no such task. It has: abstention, knowledge-update, multi-")
     line = refusal("babilong", PUBLISHED, Selection(("qa1", "qa9")), ConfigError)
     assert line == f"--task qa9: {PUBLISHED} has none of BABILong. It has: qa1, qa8"
     line = refusal("longmemeval", PUBLISHED, Selection(lengths=("s",)), ConfigError)
