@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from pipelines import bench_options
 
 VERSION = "0.1.0"
 """As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
@@ -33,6 +34,7 @@ Examples:
   cortex train demo name=short training.steps=100 cluster.num_workers=1
   cortex train my.toml backbone.name=Qwen/Qwen3-0.6B data.path=notes/ fast_weights.rank=32
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
+  cortex bench babilong --data hub:RMT-team/babilong --limit 20
   cortex config fast_weights
   cortex ui runs
 
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cortex: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"; to resume: cortex {shlex.join(arguments)}" if arguments[:1] == ["train"] else ""
+        resumable = arguments[:1] in (["train"], ["bench"])
+        again = f"; to resume: cortex {shlex.join(arguments)}" if resumable else ""
         print(f"\ncortex: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cortex config | head`: nobody reads on, which is fine
@@ -79,6 +82,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(given.recipe, given.overrides)
         case "evaluate":
             return _evaluate(Path(given.run_folder), given.overrides)
+        case "bench":
+            return _bench(given)
         case "config":
             return _config(given.section, given.recipe, given.overrides)
         case "ui":
@@ -91,7 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Subcommands take their arguments in order; only `config` and `ui` have options."""
+    """Subcommands take their arguments in order; only `bench`, `config` and `ui` have options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cortex {VERSION}")
@@ -121,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", metavar="RUN_FOLDER", help="out_dir/name of a run")
     overrides(evaluate)
 
+    bench_options.add(command(
+        "bench", "NAME --data DATA [--model MODEL --sidecars FOLDER] [options]",
+        "Ask a memory the questions of a public long-context benchmark.", bench_options.EPILOG,
+    ))  # fmt: skip
+
     # Only for the list: `_dispatch` hands pretrain its arguments unparsed.
     command("pretrain", "RECIPE --out FOLDER [KEY=VALUE ...]", "Train a small backbone from scratch.")
 
@@ -138,6 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="out_dir or a run's folder [runs]")
     ui.add_argument("--port", type=int, default=5000, help="where the page is served, on this machine only [5000]")
     return parser
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from cortex_core.eval.benchmarks.example import Selection
+    from pipelines import bench
+
+    tasks, lengths = (
+        tuple(dict.fromkeys(",".join(names).split(","))) if names else () for names in (given.task, given.length)
+    )
+    selection = Selection(tasks, lengths, given.limit)
+    return bench.run(
+        bench.Request(given.name, given.data, given.model, given.sidecars, selection, given.window, given.out)
+    )
 
 
 def _train(recipe: str, overrides: list[str]) -> int:
