@@ -167,7 +167,7 @@ def _progress(console: Console, total: int) -> Iterator[Say]:
             bar.update(task, completed=done, description=what)
             if not console.is_terminal and time.monotonic() - said >= PLAIN_EVERY_S:
                 said = time.monotonic()
-                console.print(f"{int(done)} of {total} asked, now {what}", highlight=False)
+                console.print(f"{int(done)} of {total} asked, {done % 1:.0%} of the next read: {what}", highlight=False)
 
         yield say
 

@@ -154,10 +154,10 @@ def _bench(given: argparse.Namespace) -> int:
     from cortex_core.eval.benchmarks.example import Selection
     from pipelines import bench
 
-    tasks, lengths = (
-        tuple(dict.fromkeys(",".join(names).split(","))) if names else () for names in (given.task, given.length)
-    )
-    selection = Selection(tasks, lengths, given.limit)
+    def names(given: list[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in given for name in part.split(",")))
+
+    selection = Selection(names(given.task), names(given.length), given.limit)
     return bench.run(
         bench.Request(given.name, given.data, given.model, given.sidecars, selection, given.window, given.out)
     )

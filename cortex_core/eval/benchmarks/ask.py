@@ -22,8 +22,8 @@ from cortex_core.errors import ConfigError
 from cortex_core.eval.benchmarks.example import Example, Task
 from cortex_core.eval.reach import READ_TOKENS
 
-PIECE_CHARACTERS = 1 << 20
-"""Longest text that the tokenizer gets at once: it keeps far more than the ids."""
+PIECE_CHARACTERS = 1 << 16
+"""Longest text that the tokenizer gets at once: it keeps some hundred bytes for each token."""
 
 
 class Answers(NamedTuple):
