@@ -68,7 +68,7 @@ class FastWeightsConfig(Settings):
     rule: Literal["delta", "hebbian", "source"] = "delta"
     """How a token is written: `delta` corrects the error at its key; `hebbian` adds, against a decay that is gated by
     the write and an anti-Hebbian term, and moves its own keys; `source` is the published rule, for comparison."""
-    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
+    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 32
     """Tokens per step of the parallel form: a matter of speed alone."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
     """What one tick leaves of the older state."""

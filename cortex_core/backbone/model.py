@@ -180,6 +180,8 @@ class Cortex(nn.Module):
         tail = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         wanted = mask[:, tail:]
         logits, metrics = advance(self, session, rows, keep=wanted.sum(1))
+        if wanted.all():  # no padding to put back: logits are large, and copies of them what a memory costs most
+            return CortexOutput(logits, metrics)
         out = logits.new_zeros(*wanted.shape, logits.shape[-1])
         out[wanted] = logits[torch.arange(logits.shape[1], device=logits.device) < wanted.sum(1)[:, None]]
         return CortexOutput(out, metrics)

@@ -102,7 +102,10 @@ def _kept_logits(kept: list[tuple[int, Tensor]], lengths: Tensor, keep: Tensor, 
         vocab = model.backbone.config.get_text_config().vocab_size
         return torch.zeros(len(keep), widest, vocab, device=lengths.device)
     start = kept[0][0]
-    logits = torch.cat([block for _, block in kept], dim=1)
+    logits = kept[0][1] if len(kept) == 1 else torch.cat([block for _, block in kept], dim=1)
+    if (lengths == lengths[0]).all() and (keep == widest).all():
+        end = int(lengths[0]) - start
+        return logits[:, end - widest : end]
     position = (lengths - keep - start)[:, None] + torch.arange(widest, device=lengths.device)
     position = position.clamp(0, logits.shape[1] - 1)
     return logits.gather(1, position[..., None].expand(-1, -1, logits.shape[-1]))

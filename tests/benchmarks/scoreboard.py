@@ -25,7 +25,7 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import associative_recall, cost, recall, sharding, speed, wallclock
+from tests.benchmarks.rows import associative_recall, cost, overhead, recall, sharding, speed, wallclock
 from tests.benchmarks.rows.demo import Demo
 
 Measure = Callable[[Demo, Set[str]], Iterator[Row]]
@@ -53,6 +53,7 @@ MEASUREMENTS = (
     _one(cost.text_perplexity_drift_percent, "cost"),
     _one(cost.evaluation_peak_memory_ratio, "cost"),
     _one(cost.memory_overhead_ratio, "cost"),
+    Measurement(overhead.overhead_of_a_large_model, overhead.ROWS, "overhead", needs_run=False),
     Measurement(sharding.sharding_of_the_demo, sharding.DEMO_ROWS, "sharding"),
     Measurement(sharding.sharding_of_a_deep_model, sharding.DEEP_ROWS, "sharding", needs_run=False),
     _one(speed.pipeline_throughput_ratio, "speed"),

@@ -106,7 +106,7 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
     ("override", "line"),
     [
         ("fast_weights.rank=0", "fast_weights.rank = 0: must be at least 1 (default 16)"),
-        ("fast_weights.chunk_size=2000", "fast_weights.chunk_size = 2000: must be at most 1024 (default 64)"),
+        ("fast_weights.chunk_size=2000", "fast_weights.chunk_size = 2000: must be at most 1024 (default 32)"),
         ("fast_weights.decay=0", "fast_weights.decay = 0: must be above 0 (default 0.98)"),
         ("training.ema_decay=1", "training.ema_decay = 1: must be below 1 (default 0.98)"),
         ("training.kl_weight=inf", "training.kl_weight = Infinity: must be a finite number (default 1.0)"),
