@@ -41,7 +41,7 @@ _HEBBIAN = {
 the anti-Hebbian term: so the two Hebbian variants differ in that term alone. Reads are scaled back by the step."""
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType({
-    REFERENCE: Variant("nothing: the recipe as it is"),
+    REFERENCE: Variant("nothing: it is the recipe as it stands"),
     "baseline": Variant("the memory: the bare model", made_by="nothing"),
     "fast_off": Variant("every write", {"fast_weights.write_strength": 0.0}),
     "no_decay": Variant("forgetting", {"fast_weights.decay": 1.0, "fast_weights.learn_decay": False}),
