@@ -51,7 +51,7 @@ def ablation_curves(
             name = f"{task.replace('_', '-').capitalize()}, filler: {filler}"
             add_title(axes, name, sample_note(part).partition(",")[0], above=22)
             if place + 1 == len(conditions):
-                axes.set_xlabel("tokens between the facts and the question", labelpad=-4)
+                axes.set_xlabel("tokens between the facts and the question", labelpad=1)
     return figure
 
 
