@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from pipelines import bench_options
 
 VERSION = "0.1.0"
 """As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
@@ -34,6 +35,7 @@ Examples:
   cortex train my.toml backbone.name=Qwen/Qwen3-0.6B data.path=notes/ fast_weights.rank=32
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
+  cortex bench babilong --data hub:RMT-team/babilong --limit 20
   cortex config fast_weights
   cortex ui runs
 
@@ -61,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cortex: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = arguments[:1] in (["train"], ["ablate"])
-        again = f"; to resume: cortex {shlex.join(arguments)}" if resumes else ""
+        resumable = arguments[:1] in (["train"], ["ablate"], ["bench"])
+        again = f"; to resume: cortex {shlex.join(arguments)}" if resumable else ""
         print(f"\ncortex: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `cortex config | head`: nobody reads on, which is fine
@@ -83,6 +85,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(given.recipe, given.overrides)
         case "evaluate":
             return _evaluate(Path(given.run_folder), given.overrides)
+        case "bench":
+            return _bench(given)
         case "config":
             return _config(given.section, given.recipe, given.overrides)
         case "ui":
@@ -95,7 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Subcommands take their arguments in order; only `config` and `ui` have options."""
+    """Subcommands take their arguments in order; only `bench`, `config` and `ui` have options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("cortex", description=DESCRIPTION, epilog=HELP, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"cortex {VERSION}")
@@ -125,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", metavar="RUN_FOLDER", help="out_dir/name of a run")
     overrides(evaluate)
 
+    bench_options.add(command(
+        "bench", "NAME --data DATA [--model MODEL --sidecars FOLDER] [options]",
+        "Ask a memory the questions of a public long-context benchmark.", bench_options.EPILOG,
+    ))  # fmt: skip
+
     # Only for the list: `_dispatch` hands these two their arguments unparsed, for their options may stand anywhere.
     command("ablate", "RECIPE [--variants NAME,NAME] [KEY=VALUE ...]", "Train variants of a memory and compare them.")
     command("pretrain", "RECIPE --out FOLDER [KEY=VALUE ...]", "Train a small backbone from scratch.")
@@ -143,6 +152,19 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="out_dir or a run's folder [runs]")
     ui.add_argument("--port", type=int, default=5000, help="where the page is served, on this machine only [5000]")
     return parser
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from cortex_core.eval.benchmarks.example import Selection
+    from pipelines import bench
+
+    def names(given: list[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in given for name in part.split(",")))
+
+    selection = Selection(names(given.task), names(given.length), given.limit)
+    return bench.run(
+        bench.Request(given.name, given.data, given.model, given.sidecars, selection, given.window, given.out)
+    )
 
 
 def _train(recipe: str, overrides: list[str]) -> int:

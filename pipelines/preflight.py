@@ -35,11 +35,16 @@ def check(config: RunConfig) -> None:
 
 def check_out_dir(config: RunConfig) -> None:
     """Something will be written there."""
-    folder = Path(config.out_dir).absolute()
+    check_folder(Path(config.out_dir), f'out_dir = "{config.out_dir}"', "Set out_dir to another folder")
+
+
+def check_folder(folder: Path, what: str, remedy: str) -> None:
+    """The folder can be made or written to. Raises ConfigError that begins with `what` and ends with `remedy`."""
+    folder = folder.absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         why = "may not be written to" if existing.is_dir() else "is a file"
-        raise ConfigError(f'out_dir = "{config.out_dir}": {existing} {why}. Set out_dir to another folder')
+        raise ConfigError(f"{what}: {existing} {why}. {remedy}")
 
 
 def check_data(config: RunConfig) -> None:
@@ -88,15 +93,25 @@ def check_against_backbone(config: RunConfig) -> None:
 
     Only for a builtin or a local folder: about a hub id nothing is known before it is downloaded.
     """
-    folder = backbone_folder(located(config).backbone.name)
-    if folder is None:
+    described = described_backbone(located(config).backbone.name, f'backbone.name = "{config.backbone.name}"')
+    if described is None:
         return
-    what = f'backbone.name = "{config.backbone.name}"'
-    described = _read_config(folder, what)
-    _check_files(folder, described, what)
     shape = described.get("text_config") or described  # multimodal models nest their language part
     for line in _misfits(config, shape):
         raise ConfigError(line)
+
+
+def described_backbone(name: str, what: str) -> dict[str, Any] | None:
+    """`config.json` of a builtin or a local folder that holds a whole model; None for a hub id.
+
+    Raises DataError or IncompatibleError that begins with `what` if something is missing.
+    """
+    folder = backbone_folder(name)
+    if folder is None:
+        return None
+    described = _read_config(folder, what)
+    _check_files(folder, described, what)
+    return described
 
 
 def backbone_folder(name: str) -> Path | None:

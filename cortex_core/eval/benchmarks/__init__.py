@@ -1,0 +1,1 @@
+"""Public long-context benchmarks in their published file formats: LongBench, BABILong, LongMemEval."""
