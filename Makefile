@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fmt bench scoreboard ui constraints clean
+.PHONY: help setup demo ablate test lint fmt bench scoreboard ui constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Train and evaluate a small memory with two workers, into runs/demo
 	$(BIN)/cortex train $(RECIPE) out_dir=$(RUNS) $(ARGS)
+
+ablate: $(STAMP) ## Take parts of the demo's memory away, one at a time, and compare: ARGS='--variants no_gate,source_rule'
+	$(BIN)/cortex ablate $(RECIPE) out_dir=$(RUNS) $(ARGS)
 
 test: $(STAMP) ## All tests, also the slow ones that start real Ray clusters (without them: ARGS='-m "not slow"')
 	$(BIN)/python -m pytest $(ARGS)

@@ -117,6 +117,16 @@ class FastWeightsConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def controller_test_needs_a_controller(self) -> FastWeightsConfig:
+        """Without one there is nothing to hold at its mean or to mislead."""
+        if self.controller_test != "none" and not self.controller:
+            raise ValueError(
+                f'controller_test = "{self.controller_test}" needs a controller: set controller to true, or '
+                'controller_test to "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def hebbian_is_contractive(self) -> FastWeightsConfig:
         """Along a unit key a write w multiplies the state by decay**w (1 + w (write_strength - anti_hebbian_rate))."""
         rate = -math.log(self.decay) / max(self.time_scales)

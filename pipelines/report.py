@@ -25,7 +25,8 @@ from rich.text import Text
 
 from cortex_core.config import Fraction, NonNegative, PositiveInt
 from cortex_core.errors import DataError
-from pipelines.pictures import Row, gate_usage, image_bytes, percent, reach_curves, training_curves
+from pipelines.drawing import Row, image_bytes, percent
+from pipelines.pictures import gate_usage, reach_curves, training_curves
 from pipelines.report_page import conditions, findings, interval, page
 
 SCHEMA = 1
@@ -80,6 +81,8 @@ class GateUse(_Open):
     write_frac: Fraction | None = None
     mean_write_on_facts: Fraction | None = None
     mean_write_on_filler: Fraction | None = None
+    gate_surprise_r: Annotated[float, Field(ge=-1.000001, le=1.000001)] | None = None
+    """Pearson's r of the controller's gate and surprise; None where either is constant, or there is no controller."""
 
 
 class Throughput(_Open):
@@ -101,6 +104,8 @@ class Evaluation(_Open):
     drift: Drift | None = None
     usage: tuple[GateUse, ...] | None = None
     throughput: Throughput | None = None
+    outcomes: tuple[Annotated[str, Field(pattern="^[01]+$")], ...] | None = None
+    """Per row, "1" for each example that was right and "0" for the others, in their order."""
     state_bytes: Count | None = None
     sidecar_parameters: Count | None = None
     backbone_parameters: Count | None = None
@@ -116,6 +121,14 @@ class Evaluation(_Open):
             if key in seen:
                 raise ValueError(f"two rows for task, filler, gap_tokens, memory = {key}")
             seen.add(key)
+        return self
+
+    @model_validator(mode="after")
+    def outcomes_are_those_of_the_rows(self) -> Evaluation:
+        """As many as examples, and as many right."""
+        counts = [(row.n, round(row.accuracy * row.n)) for row in self.rows]
+        if self.outcomes is not None and [(len(one), one.count("1")) for one in self.outcomes] != counts:
+            raise ValueError("outcomes are not those of the rows: their numbers of examples or of right ones differ")
         return self
 
 

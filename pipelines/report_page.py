@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from pipelines import pictures
-from pipelines.pictures import Row, percent, token_label
+from pipelines import drawing
+from pipelines.drawing import Row, percent, token_label
 
 # The colours of the figures, and the CSS variables that take their place on the page.
 _THEME = {
-    pictures.ON: "on",
-    pictures.OFF: "off",
-    pictures.INK: "ink",
-    pictures.MUTED: "muted",
-    pictures.HAIRLINE: "line",
-    pictures.BAND: "band",
-    pictures.PAPER: "card",
+    drawing.ON: "on",
+    drawing.OFF: "off",
+    drawing.INK: "ink",
+    drawing.MUTED: "muted",
+    drawing.HAIRLINE: "line",
+    drawing.BAND: "band",
+    drawing.PAPER: "card",
 }
 
 
@@ -113,22 +113,37 @@ def page(evaluation: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
         for name, value, notes in findings(evaluation)
     )
     parts = [
-        f"<header><p>Cortex evaluation</p><h1>{run}</h1><p>{created}</p></header>",
+        heading("Cortex evaluation", run, created),
         f"<dl class=cards>{cards}</dl>",
         "<h2>How far the memory reaches</h2>",
-        _svg(figures["reach"], "Accuracy by gap, memory on and off"),
+        svg(figures["reach"], "Accuracy by gap, memory on and off"),
         _accuracies(evaluation),
     ]
     if "usage" in figures:
-        parts += ["<h2>Where the gate opens</h2>", _svg(figures["usage"], "Write strength by layer")]
+        parts += ["<h2>Where the gate opens</h2>", svg(figures["usage"], "Write strength by layer")]
     if "training" in figures:
-        parts += ["<h2>Training</h2>", _svg(figures["training"], "Loss, accuracy and speed by step")]
+        parts += ["<h2>Training</h2>", svg(figures["training"], "Loss, accuracy and speed by step")]
     parts.append(_READING)
     for name, key in (("Configuration, resolved", "config"), ("Versions", "versions")):
         if evaluation.get(key):
-            text = json.dumps(evaluation[key], indent=2, ensure_ascii=False, default=str)
-            parts.append(f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>")
-    return _FRAME.substitute(title=run, body="\n".join(parts))
+            parts.append(folded(name, evaluation[key]))
+    return framed(run, parts)
+
+
+def framed(title: str, parts: Sequence[str]) -> str:
+    """A page of its own from parts that are HTML, as is the title."""
+    return _FRAME.substitute(title=title, body="\n".join(parts))
+
+
+def heading(kind: str, title: str, created: str) -> str:
+    """The head of a page; all three are HTML."""
+    return f"<header><p>{kind}</p><h1>{title}</h1><p>{created}</p></header>"
+
+
+def folded(name: str, content: Any) -> str:
+    """JSON that is shown on a click."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _accuracies(evaluation: Mapping[str, Any]) -> str:
@@ -158,9 +173,9 @@ _HEADS = "".join(
 )
 
 
-def _svg(figure: Figure, description: str) -> str:
+def svg(figure: Figure, description: str) -> str:
     """The figure as inline SVG in the page's colours, without what only a file of its own needs."""
-    markup = pictures.image_bytes(figure, "svg").decode()
+    markup = drawing.image_bytes(figure, "svg").decode()
     markup = markup[markup.index("<svg") :]
     for pattern in (r"<metadata>.*?</metadata>", r'\sxmlns(:\w+)?="[^"]*"', r'\sid="\w+_\d+"', r"<!--.*?-->"):
         markup = re.sub(pattern, "", markup, flags=re.DOTALL)

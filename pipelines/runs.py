@@ -114,6 +114,18 @@ def open_run(config: RunConfig) -> tuple[Run, bool]:
     return run.update(), resumed
 
 
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run's folder holds the result of these settings: all that decide what is learned or what is asked."""
+    record = _read(config.run_dir)
+    if record is None or record.state != "FINISHED" or not (config.run_dir / CONFIG_FILE).is_file():
+        return False
+    then, now = (
+        each.model_dump(exclude=set(FREE - {"evaluation"}))
+        for each in (load_config(config.run_dir / CONFIG_FILE), config)
+    )
+    return then == now
+
+
 def _read(folder: Path) -> Run | None:
     file = folder / STATE_FILE
     if not file.is_file():

@@ -167,8 +167,10 @@ class TrackedRun:
         self._monitor.start()
 
 
-def start(config: RunConfig, *, run_id: str | None = None) -> TrackedRun:
+def start(config: RunConfig, *, run_id: str | None = None, parent_run_id: str | None = None) -> TrackedRun:
     """Open a run in MLflow, or go on with `run_id`; call it in the driver, before anything expensive.
+
+    A new run is a child of `parent_run_id`, if one is given: MLflow's page shows it below its parent.
 
     Creates the database and the experiment where needed, once, so that no worker has to. Parameters are the
     resolved configuration under dotted names. The git revision goes into tags, what differs from it into an
@@ -180,7 +182,7 @@ def start(config: RunConfig, *, run_id: str | None = None) -> TrackedRun:
     try:
         check_answers(uri)
         client = open_client(uri)
-        run, resumed = _open_run(client, config, run_id)
+        run, resumed = _open_run(client, config, run_id, parent_run_id)
         _log_config(client, run, config)
         _log_source(client, run.info.run_id)
         tracked = TrackedRun(client, run, uri, config)
@@ -197,7 +199,9 @@ def start(config: RunConfig, *, run_id: str | None = None) -> TrackedRun:
     return tracked
 
 
-def _open_run(client: MlflowClient, config: RunConfig, run_id: str | None) -> tuple[Run, bool]:
+def _open_run(
+    client: MlflowClient, config: RunConfig, run_id: str | None, parent_run_id: str | None
+) -> tuple[Run, bool]:
     from mlflow.exceptions import MlflowException
 
     if run_id is not None:
@@ -209,7 +213,8 @@ def _open_run(client: MlflowClient, config: RunConfig, run_id: str | None) -> tu
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    return client.create_run(_experiment(client, config), run_name=config.name), False
+    tags = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+    return client.create_run(_experiment(client, config), run_name=config.name, tags=tags), False
 
 
 def _experiment(client: MlflowClient, config: RunConfig) -> str:

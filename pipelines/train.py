@@ -21,7 +21,7 @@ from pipelines.config import SIDECARS_FOLDER, RunConfig, located
 from pipelines.launch import launch
 from pipelines.progress import Progress
 from pipelines.report import print_summary, write_report
-from pipelines.runs import Run, locked, open_run
+from pipelines.runs import locked, open_run
 from pipelines.tracking import TrackedRun
 from pipelines.worker import EVALUATION
 
@@ -30,36 +30,47 @@ REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed
 
 def run(config: RunConfig) -> int:
     """Train, evaluate and report; resumes a run of this name that did not finish. Returns the exit code."""
-    config = located(config)
+    config, console = located(config), Console()
     with locked(config.run_dir):
-        return _run(config, *open_run(config))
+        document, tracked = work(config, console)
+        print_summary(document, console)
+        print_where(config, tracked, console)
+    return 0
 
 
-def _run(config: RunConfig, record: Run, resumed: bool) -> int:
-    console = Console()
+def work(
+    config: RunConfig, console: Console, *, parent_run_id: str | None = None, sidecars: Path | None = None
+) -> tuple[dict[str, Any], TrackedRun]:
+    """One run to its end while its folder is `locked`. Returns the evaluation document and what MLflow holds of it.
+
+    With `sidecars`, a folder of trained ones, nothing is trained: those are evaluated under `config`. `parent_run_id`
+    is the MLflow run that this one is a part of.
+    """
+    record, resumed = open_run(config)
     doing, newest = "Resuming" if resumed else "Starting", record.newest_checkpoint()
     since = f", from step {step_of(newest)}" if newest else ""
     console.print(f"{doing} [bold]{config.name}[/] in {config.run_dir}{since}", soft_wrap=True, highlight=False)
     with Progress(console, total=config.training.steps) as progress:
         progress.phase("opening MLflow")
-        with tracking.start(config, run_id=record.mlflow_run_id) as tracked:
+        with tracking.start(config, run_id=record.mlflow_run_id, parent_run_id=parent_run_id) as tracked:
             record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
             progress.phase("starting the cluster")
             with cluster.connect(config.cluster):
-                finished = launch("train", config, record, callbacks=[tracked.callback(), progress.callback()])
+                job = "train" if sidecars is None else "evaluate"
+                callbacks = [tracked.callback(), progress.callback()]
+                finished = launch(job, config, record, callbacks, sidecars)
             progress.phase("writing the report")
-            document = publish(config, finished, tracked)
+            document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
             record.publish_config()
     record.update(state="FINISHED")
-    print_summary(document, console)
-    print_where(config, tracked, console)
-    return 0
+    return document, tracked
 
 
-def publish(config: RunConfig, finished: Path, tracked: TrackedRun) -> dict[str, Any]:
-    """Copy the result out of the last checkpoint, draw it, and file it under the MLflow run."""
+def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedRun) -> dict[str, Any]:
+    """Copy the sidecars, and the evaluation in `finished`, into the run's folder; draw it, file it under the MLflow
+    run."""
     folder = config.run_dir
-    _replace_folder(finished / SIDECARS_FOLDER, folder / SIDECARS_FOLDER)
+    _replace_folder(sidecars, folder / SIDECARS_FOLDER)
     document = complete(config, json.loads((finished / EVALUATION).read_text()))
     written = write_report(document, folder, tracked.history())
     tracked.log_metrics(headline(document), step=config.training.steps)

@@ -85,7 +85,9 @@ def imported_by(*arguments: str) -> tuple[int, set[str]]:
     return code or 0, set(modules)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], []], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["ablate", "--help"], []], ids=" ".join
+)
 def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
     code, modules = imported_by(*arguments)
     assert code == 0
@@ -100,6 +102,8 @@ def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
         (["train", "demo", "fast_weights.rank=4096"], 2),
         (["train", "demo", "data.path=no/such/folder"], 2),
         (["evaluate", "no/such/run"], 2),
+        (["ablate", "demo", "--variants", "nope"], 2),
+        (["ablate", "demo", "fast_weights.rank=4096"], 2),
         (["config"], 0),
         (["config", "--recipe", "demo"], 0),
         (["ui", "no/such/folder"], 2),

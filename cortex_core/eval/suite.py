@@ -45,9 +45,11 @@ class Suite:
 
     def run(self, model: Cortex) -> dict[str, Any]:
         """The evaluation document, without the run's own fields. Equal on every worker."""
-        rows = [row for number, task in enumerate(self._tasks()) for row in self._recall(model, task, number)]
+        answered = [row for number, task in enumerate(self._tasks()) for row in self._recall(model, task, number)]
         document: dict[str, Any] = {
-            "rows": rows,
+            "rows": [row for row, _ in answered],
+            # One character per example, "1" where it was right: what a paired comparison of two runs needs.
+            "outcomes": ["".join("01"[right] for right in outcomes) for _, outcomes in answered],
             "usage": gate_usage(model, self._task("key_value", "text"), range(self.config.batch_size)),
             "throughput": self._throughput(model),
             "state_bytes": sum(sidecar.state_bytes for _, sidecar in model.ports.values()),
@@ -69,7 +71,8 @@ class Suite:
             for filler in self.config.fillers:
                 yield self._task(name, filler)
 
-    def _recall(self, model: Cortex, task: TextTask, number: int) -> Iterator[dict[str, Any]]:
+    def _recall(self, model: Cortex, task: TextTask, number: int) -> Iterator[tuple[dict[str, Any], list[bool]]]:
+        """Per gap, with memory on and off: the row, and whether each example was right."""
         gaps, conditions = sorted(set(self.config.gaps_tokens)), len(self.config.tasks) * len(self.config.fillers)
         found: list[Hits] = []
         for batch in self._batches():
@@ -89,7 +92,7 @@ class Suite:
                     "task": task.name, "filler": task.filler.name, "gap_tokens": gap, "memory": memory,
                     "accuracy": sum(outcomes) / len(outcomes), "n": len(outcomes),
                     "low": interval.low, "high": interval.high,
-                }  # fmt: skip
+                }, outcomes  # fmt: skip
 
     def _batches(self) -> list[range]:
         """This worker's example indices. Padded beyond `num_examples` so that every worker has equally many batches."""

@@ -146,7 +146,7 @@ class Sidecar(nn.Module):
         if out is not None:
             asked = hard_gate(self.read_gate(hidden, place)[:, :, -new:], config.dead_zone, config.saturation)
             added = self.output_gate[:, None, None] * asked[..., None] * out
-            if rule.hebbian:  # what it holds is in units of the write strength
+            if rule.hebbian and config.write_strength:  # what it holds is in units of the write strength
                 added = added / config.write_strength
         return Reading(added, final, write, surprises, gate.modulated), snapshot
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -109,6 +110,18 @@ def test_rows_are_counts_of_single_answers(alone: dict[str, Any]) -> None:
                 }  # fmt: skip
     assert next(rows, None) is None
     assert {row["accuracy"] for row in alone["rows"]} > {0.0}, "nothing was ever right"
+
+
+def test_outcomes_are_those_of_the_examples(alone: dict[str, Any]) -> None:
+    """In the order of the rows, an example a character: what two runs are compared by."""
+    model, outcomes = noisy(), iter(alone["outcomes"])
+    for filler in ("text", "random"):
+        found = {hits.gap_tokens: hits for hits in recall(model, tiny.task(filler, "held_out"), (0, 33, 70), range(7))}
+        for gap, memory in itertools.product((0, 33, 70), ("on", "off")):
+            right = found[gap].with_memory if memory == "on" else found[gap].bare
+            assert next(outcomes) == "".join(str(int(one)) for one in right)
+    assert next(outcomes, None) is None
+    assert len({*alone["outcomes"]}) > 1
 
 
 def test_the_document_is_what_the_report_reads(alone: dict[str, Any]) -> None:

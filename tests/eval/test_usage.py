@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
@@ -23,10 +24,18 @@ class Readings:
     def __init__(self, model: Cortex) -> None:
         self._model = model
         self.of_layer: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.gates: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> Readings:
         self._handles = [
             sidecar.register_forward_hook(self._keep(int(layer))) for layer, sidecar in self._model.sidecars.items()
+        ]
+        self._handles += [
+            sidecar.controller.register_forward_hook(
+                lambda _, args, said, layer=int(layer): self.gates.setdefault(layer, []).append(said.gate)
+            )
+            for layer, sidecar in self._model.sidecars.items()
+            if sidecar.controller is not None
         ]
         return self
 
@@ -39,6 +48,19 @@ class Readings:
             self.of_layer.setdefault(layer, []).append((out[0].write, out[0].surprise))
 
         return hook
+
+
+def correlation(readings: list[tuple[Tensor, Tensor]], gates: list[Tensor]) -> float:
+    """Pearson's r of the surprise that was reported and the controller's gate, head by head and token by token."""
+    surprise = [float(x) for _, surprises in readings for x in surprises.flatten()]
+    gate = [float(x) for _, at in zip(readings, by_example(gates, len(readings)), strict=True) for x in at.flatten()]
+    return statistics.correlation(surprise, gate)
+
+
+def by_example(gates: list[Tensor], examples: int) -> list[Tensor]:
+    """The calls of one example, one per segment, as one."""
+    calls = len(gates) // examples
+    return [torch.cat(gates[first : first + calls], dim=2) for first in range(0, len(gates), calls)]
 
 
 @torch.no_grad()
@@ -63,6 +85,7 @@ def counted(model: Cortex, task: TextTask, indices: range) -> list[dict[str, flo
             "layer": layer, "write_frac": means["written"],
             "mean_write_on_facts": means["facts"], "mean_write_on_filler": means["filler"],
             "mean_surprise_on_facts": means["s_facts"], "mean_surprise_on_filler": means["s_filler"],
+            "gate_surprise_r": correlation(readings, seen.gates[layer]),
         })  # fmt: skip
     return rows
 
@@ -77,6 +100,7 @@ def test_shares_are_those_of_a_count(kind: str) -> None:
         assert row == pytest.approx(other, abs=1e-5)
         assert 0.05 < row["write_frac"] < 0.95
         assert row["mean_write_on_facts"] != pytest.approx(row["mean_write_on_filler"], abs=1e-3)
+        assert 0.05 < abs(row["gate_surprise_r"]) < 1
 
 
 def test_a_trained_memory_writes_facts_rather_than_filler() -> None:
@@ -91,3 +115,15 @@ def test_a_shut_gate_writes_nowhere() -> None:
     (row,) = gate_usage(model, tiny.task(), range(3))
     assert row["write_frac"] == row["mean_write_on_facts"] == row["mean_write_on_filler"] == 0.0
     assert row["mean_surprise_on_facts"] == pytest.approx(1.0, abs=1e-4), "an empty memory is surprised by everything"
+    assert row["gate_surprise_r"] is None, "surprise is the same everywhere"
+
+
+def test_without_a_controller_nothing_correlates() -> None:
+    model = tiny.model(tiny.MEMORY.model_copy(update={"controller": False}))
+    assert gate_usage(model, tiny.task(), range(2))[0]["gate_surprise_r"] is None
+
+
+def test_listening_leaves_nothing_behind() -> None:
+    model = tiny.model()
+    gate_usage(model, tiny.task(), range(2))
+    assert not any(sidecar.controller._forward_hooks for sidecar in model.sidecars.values())

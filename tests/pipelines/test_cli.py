@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from cortex_core.eval.ablations import VARIANTS
 from cortex_core.training.pretrain_config import PretrainConfig
 from pipelines import cli
 from pipelines.config import RunConfig, load_config
@@ -59,6 +60,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "demo", "data.path=./none"], ['data.path = "./none"', "no such file", "leave it out"]),
         (["train", "demo", "cluster.num_workers=4096", "training.batch_size=4096", "training.in_window_batch_size=0"],
          ["cluster.num_workers = 4096", f"at most {len(os.sched_getaffinity(0))}", "Set cluster.num_workers="]),
+        (["ablate"], ["required: RECIPE", "cortex ablate --help"]),
+        (["ablate", "nope"], ["nope: no such recipe", "that ships: demo"]),
+        (["ablate", "demo", "--variants", "no_gat,fast_off"], ["no_gat: no such variant", "Did you mean no_gate?"]),
+        (["ablate", "demo", "training.steps=0", "--variants", "no_gate"], ["training.steps = 0: must be at least 1"]),
+        (["ablate", "demo", "fast_weights.gate=soft"], ["fast_weights.gate=soft: variant soft_gate sets fast_weights.gate"]),
+        (["ablate", "demo", "--variant=no_gate"], ["--variant=no_gate", "cortex ablate --help"]),
+        (["ablate", "demo", "data.path=./none"], ['data.path = "./none"', "no such file"]),
         (["evaluate", "runs/none"], ["runs/none: no such folder", "out_dir/name"]),
         (["evaluate", "."], [".: has no config.toml", "out_dir/name"]),
         (["config", "trainning"], ["trainning: no such section", "fast_weights, data", "Did you mean training?"]),
@@ -120,9 +128,13 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(cli, "_dispatch", interrupted)
     assert cli.main(["train", "demo", "data.path=my notes"]) == 130
     assert capsys.readouterr().err == "\ncortex: interrupted; to resume: cortex train demo 'data.path=my notes'\n"
+    assert cli.main(["ablate", "demo", "--variants", "no_gate"]) == 130
+    assert capsys.readouterr().err.endswith("to resume: cortex ablate demo --variants no_gate\n")
+    assert cli.main(["evaluate", "runs/demo"]) == 130
+    assert capsys.readouterr().err == "\ncortex: interrupted\n"
 
 
-@pytest.mark.parametrize("command", [None, "train", "evaluate", "config", "ui"])
+@pytest.mark.parametrize("command", [None, "train", "evaluate", "ablate", "config", "ui"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str | None) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])
@@ -133,9 +145,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str | None) -
     assert command in ("ui", None) or f"cortex {command} " in text.partition("Example")[2]
     if command is None:
         assert [
-            word for word in ("train", "evaluate", "pretrain", "config", "ui") if f"\n    {word} " not in text
+            word for word in ("train", "evaluate", "pretrain", "ablate", "config", "ui") if f"\n    {word} " not in text
         ] == []
         assert [word for word in ("Output:", "runs/demo", "mlflow.db", "Exit codes") if word not in text] == []
+
+
+def test_the_help_of_ablate_says_what_each_variant_takes_away(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["ablate", "--help"])
+    lines = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert [name for name, variant in VARIANTS.items() if f"{name:<18}{variant.without}" not in lines] == []
 
 
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from cortex_core.eval.intervals import wilson
-from pipelines.pictures import gate_usage, image_bytes, percent, reach_curves, token_label, training_curves
+from pipelines.drawing import image_bytes, percent, token_label
+from pipelines.pictures import gate_usage, reach_curves, training_curves
 
 GAPS = (0, 256, 1024, 16384, 65536)
 USAGE = [
@@ -198,7 +199,7 @@ def test_the_svg_carries_no_date_so_that_equal_data_looks_equal() -> None:
 
 def test_drawing_needs_neither_pyplot_nor_a_display() -> None:
     code = (
-        "import sys; from pipelines.pictures import gate_usage, image_bytes; image_bytes(gate_usage([{'layer': 0}]));"
+        "import sys; from pipelines.drawing import image_bytes; from pipelines.pictures import gate_usage; image_bytes(gate_usage([{'layer': 0}]));"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": ""})

@@ -242,6 +242,10 @@ def broken(**row: Any) -> dict[str, Any]:
         (evaluation(drift={"ratio": "one"}), "drift.ratio"),
         (evaluation(usage=[{"write_frac": 0.1}]), "usage.0.layer: Field required"),
         (evaluation(chance={"key_value": 4}), "chance.key_value"),
+        (evaluation(usage=[{"layer": 1, "gate_surprise_r": 1.5}]), "usage.0.gate_surprise_r"),
+        (evaluation(outcomes=["1"]), "outcomes are not those of the rows"),
+        (evaluation(outcomes=["0" * 200] * 12), "outcomes are not those of the rows"),
+        (evaluation(outcomes=["2" * 200] * 12), "outcomes.0"),
     ],
 )  # fmt: skip
 def test_a_wrong_document_is_refused_in_one_line_that_names_the_place(tmp_path: Path, document: Any, says: str) -> None:
