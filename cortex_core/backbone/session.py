@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -95,7 +94,7 @@ class Session:
             self.log = self.log.emptied(self.states)
             self.open_rows = self.open_rows.with_tags()
 
-    def save(self, path: str | Path, dtype: Literal["float32", "int8"] = "float32") -> None:
+    def save(self, path: str | Path, dtype: str = "float32") -> None:
         """Write one safetensors file; an existing one is replaced only once the new one is whole.
 
         `int8` keeps states as 8-bit numbers with a float32 scale per row of their last dimension, a quarter of the
