@@ -17,7 +17,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, recall, sharding, wallclock
+from tests.benchmarks.rows import cost, recall, safety, sharding, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -240,6 +240,21 @@ def test_recall_rows(demo: Demo) -> None:
     )[:2]
     (bare,) = recall.bare_beyond_window(demo, {"bare_beyond_window"})
     assert bare.value == max(sum(a.bare) / 20 for key, a in demo.answers.items() if key[1] != 130) < 0.5
+
+
+def test_rows_about_forgetting_and_small_files(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fact that was forgotten is, its neighbour is not; eight bits lose little."""
+    monkeypatch.setattr(safety, "NUM_EXAMPLES", 40)
+    monkeypatch.setattr(safety, "GAP", 70)
+    rows = {found.name: found for found in safety.forgetting_one_fact(demo, set())}
+    assert tuple(rows) == safety.FORGET_ROWS
+    forgotten, before, loss = rows.values()
+    assert (forgotten.n, before.n, loss.n) == (40, 40, 40 * (tiny.PAIRS - 1))
+    assert before.value > 0.5 and forgotten.value < before.value / 2 and loss.value < 15
+    points, ratio = safety.int8_sessions(demo, set())
+    assert points.n == 40 * tiny.PAIRS and abs(points.value) < 10
+    width = next(iter(demo.model.sidecars_by_layer.values())).shape.value_dim
+    assert ratio.value == pytest.approx((width + 4) / (4 * width))
 
 
 @pytest.mark.usefixtures("few")

@@ -107,3 +107,21 @@ def first_layers(model: PreTrainedModel, last: nn.Module) -> nn.Module:
                     view._modules[name] = child[: index + 1]
                     return view
     return decoder
+
+
+def window_of(backbone: PreTrainedModel) -> int:
+    """Longest input that the backbone's positions allow, in tokens."""
+    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, backbone: PreTrainedModel) -> None:
+    """A head's memory is of low rank: no wider than the head. Segments fit the window. Raises ConfigError."""
+    if config.rank > head_dim:
+        raise ConfigError(
+            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most "
+            f"{head_dim}, a memory is no wider than its head"
+        )
+    if segment_tokens > window_of(backbone):
+        raise ConfigError(
+            f"backbone.segment_tokens = {segment_tokens} exceeds the backbone's window of {window_of(backbone)} tokens"
+        )

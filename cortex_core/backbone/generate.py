@@ -9,10 +9,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cortex_core.backbone.attention import attention_pass
+from cortex_core.backbone.forgetting import tagged
 from cortex_core.backbone.passes import GenerationPass
 from cortex_core.backbone.reading import advance
 from cortex_core.backbone.segments import Layout, Rows
 from cortex_core.backbone.session import Session
+from cortex_core.backbone.silence import silent_tokens
 from cortex_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,11 +29,17 @@ _REFUSED = {
 
 @torch.no_grad()
 def generate(
-    model: Cortex, input_ids: Int[Tensor, "batch tokens"], prompt: Rows, session: Session, **options: Any
+    model: Cortex,
+    input_ids: Int[Tensor, "batch tokens"],
+    prompt: Rows,
+    session: Session,
+    source: str | None,
+    **options: Any,
 ) -> Int[Tensor, "batch total"]:
     """Append new tokens to each row until `max_new_tokens`, `max_length` or the end-of-sequence token.
 
-    A segment that fills up is closed into memory and the next begins with the token just made.
+    A segment that fills up is closed into memory and the next begins with the token just made. `source` labels what is
+    made in the session's log.
     """
     for name, only in _REFUSED.items():
         if options.get(name, only) != only:
@@ -56,7 +64,8 @@ def generate(
         padded = torch.full((session.batch_size, new.shape[1]), pad, dtype=torch.long, device=new.device)
         padded[going] = new
         real = going[:, None] & ~_after_stop(padded, stops)
-        _append(model, session, Rows.from_padded(padded, real, torch.zeros_like(padded, dtype=torch.float)))
+        made_rows = Rows.from_padded(padded, real, torch.zeros_like(padded, dtype=torch.float))
+        _append(model, session, tagged(session, made_rows, source, None))
         made = torch.cat([made, padded.where(real, pad)], dim=1)
         going = going & real[:, -1] & ~_is_stop(padded[:, -1], stops)
         remaining -= new.shape[1]
@@ -74,14 +83,18 @@ def _append(model: Cortex, session: Session, new: Rows) -> None:
 
 def _within_segment(model: Cortex, session: Session, going: Tensor, options: dict[str, Any]) -> Tensor:
     """New tokens for the rows that go on, from their open segments."""
-    rows = Rows(*(part[going] for part in session.open_rows))
+    rows = session.open_rows.of(going)
     width = int(rows.lengths.max())
     index = torch.arange(width, device=going.device) - (width - rows.lengths)[:, None]
     mask = index >= 0
     index = index.clamp_min(0)
     ids, reward = rows.input_ids.gather(1, index), rows.reward.gather(1, index) * mask
     states = {layer: state.map(lambda part: part[going]) for layer, state in session.states.items()}
-    memory = GenerationPass(model.ports, states, Layout(1, mask, session.start_tokens[going], reward))
+    silent = silent_tokens(model, session, session.open_rows)
+    if silent is not None:
+        silent = silent[going].gather(1, index) & mask
+    layout = Layout(1, mask, session.start_tokens[going], reward, silent)
+    memory = GenerationPass(model.ports, states, layout, write_new=model.write_filter is None)
     with attention_pass(memory):
         out = model.backbone.generate(input_ids=ids, attention_mask=mask.long(), **options)  # type: ignore[operator]
     return out[:, width:]

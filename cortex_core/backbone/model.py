@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cortex_core.backbone import sidecar_files
-from cortex_core.backbone.attach import chosen_layers, find_ports, first_layers
+from cortex_core.backbone.attach import check_sizes, chosen_layers, find_ports, first_layers, window_of
 from cortex_core.backbone.attention import attention_pass, capture_hidden, same_pass_again, select_positions
 from cortex_core.backbone.fingerprint import fingerprint
+from cortex_core.backbone.forgetting import forget, tagged
 from cortex_core.backbone.generate import generate
 from cortex_core.backbone.load import in_assets, load_backbone
 from cortex_core.backbone.passes import MemoryPass, States
 from cortex_core.backbone.reading import advance, metrics_of
-from cortex_core.backbone.segments import Layout, Rows
-from cortex_core.backbone.session import Session, load_session
+from cortex_core.backbone.segments import Layout, Rows, checked_rows
+from cortex_core.backbone.session import Session
+from cortex_core.backbone.session_files import load_session
+from cortex_core.backbone.write_log import WriteLog
 from cortex_core.config import BackboneConfig, FastWeightsConfig
-from cortex_core.errors import ConfigError
 from cortex_core.fast_weights.sidecar import Sidecar
+from cortex_core.privacy.write_filter import WriteFilter
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class Cortex(nn.Module):
         self.fast_weights, self.segment_tokens = fast_weights, segment_tokens
         ports = find_ports(backbone)
         layers = chosen_layers(fast_weights, len(ports))
-        _check_sizes(fast_weights, segment_tokens, ports[layers[0]].shape.head_dim, backbone)
+        check_sizes(fast_weights, segment_tokens, ports[layers[0]].shape.head_dim, backbone)
         self.sidecars = nn.ModuleDict({str(n): Sidecar(ports[n].shape, fast_weights) for n in layers})
         self.sidecars.to(backbone.device)
+        self.write_filter: WriteFilter | None = None
+        """Says which tokens are never written, such as `PersonalData`; None is no filter."""
         self._memory_on = True
         modules = {ports[n].module: (n, self.sidecars[str(n)]) for n in layers}
         for module in modules:
@@ -78,7 +83,7 @@ class Cortex(nn.Module):
         Raises IncompatibleError for a model that cannot be attached, ConfigError for sizes that do not fit it.
         """
         if segment_tokens is None:
-            segment_tokens = min(BackboneConfig().segment_tokens, _window(backbone))
+            segment_tokens = min(BackboneConfig().segment_tokens, window_of(backbone))
         return cls(backbone, fast_weights or FastWeightsConfig(), segment_tokens)
 
     @classmethod
@@ -134,19 +139,45 @@ class Cortex(nn.Module):
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
-    def new_session(self, batch_size: int = 1) -> Session:
-        """An empty memory for `batch_size` independent readers."""
+    def new_session(self, batch_size: int = 1, log_writes: int | None = None) -> Session:
+        """An empty memory for `batch_size` independent readers.
+
+        With `log_writes`, the session keeps as many of each row's latest writes per memory layer, with their sources,
+        so that they can be taken back (`forget`, `ttl_tokens`); the oldest beyond that stay for good.
+        """
         device = self.backbone.device
         start = torch.zeros(batch_size, dtype=torch.long, device=device)
         rows = Rows.empty(batch_size, device)
         with torch.no_grad():
-            return Session(self.empty_states(batch_size), rows, start, self.identity(), self.empty_states(1))
+            session = Session(self.empty_states(batch_size), rows, start, self.identity(), self.empty_states(1))
+        if log_writes is not None:
+            session.log = WriteLog.empty(log_writes, self.sidecars_by_layer, session.states)
+            session.open_rows = rows.with_tags()
+        return session
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session that a model with the same fingerprints has saved. Raises DataError, IncompatibleError."""
-        return load_session(
-            path, self.new_session(), self.segment_tokens, self.backbone.config.get_text_config().vocab_size
-        )
+        vocab_size, strongest = self.backbone.config.get_text_config().vocab_size, self.fast_weights.write_strength
+        like = self.new_session(log_writes=1)
+        return load_session(path, like, self.segment_tokens, vocab_size=vocab_size, write_strength=strongest)
+
+    def forget(
+        self,
+        session: Session,
+        source: str | None = None,
+        *,
+        positions: tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> int:
+        """Take back the writes of tokens read with this `source`, or at `positions` [first, stop), or both.
+
+        The state is then that of a session in which these tokens wrote nothing; all others keep what they wrote, with
+        the strength that they wrote it with. In the open segment they are not written when it closes; attention sees
+        them until then. `rows` of the session, all by default. Returns the number of writes taken back, over rows and
+        layers. Raises ConfigError without a log, for a source that was never named, and for writes that have left
+        the log.
+        """
+        return forget(self, session, source, positions, rows)
 
     def identity(self) -> dict[str, str]:
         """Fingerprints that a session must share with the model that continues it."""
@@ -165,18 +196,22 @@ class Cortex(nn.Module):
         session: Session | None = None,
         reward: Float[Tensor, "batch tokens"] | None = None,
         logits_to_keep: int = 0,
+        source: str | None = None,
+        ttl_tokens: int | None = None,
     ) -> CortexOutput:
         """Read tokens and say what comes after each (0) or after the last `logits_to_keep` of each row.
 
-        With a session, reading goes on where its last call stopped, and the session is advanced.
+        With a session, reading goes on where its last call stopped, and the session is advanced. `source` and
+        `ttl_tokens`: see `read`.
         """
         if not self._memory_on:
             out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep)
             return CortexOutput(out.logits, {})
-        if session is None and input_ids.shape[1] <= self.segment_tokens:
+        if session is None and input_ids.shape[1] <= self.segment_tokens and self.write_filter is None:
             return self._one_segment(input_ids, attention_mask, reward, logits_to_keep)
         session = session or self.new_session(len(input_ids))
-        rows, mask = self._rows(input_ids, attention_mask, reward, session)
+        rows, mask = checked_rows(input_ids, attention_mask, reward, session.batch_size)
+        rows = tagged(session, rows, source, ttl_tokens)
         tail = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         wanted = mask[:, tail:]
         logits, metrics = advance(self, session, rows, keep=wanted.sum(1))
@@ -193,26 +228,39 @@ class Cortex(nn.Module):
         session: Session,
         attention_mask: Tensor | None = None,
         reward: Float[Tensor, "batch tokens"] | None = None,
+        *,
+        source: str | None = None,
+        ttl_tokens: int | None = None,
     ) -> CortexOutput:
-        """Read tokens into the session without predicting: only the layers up to the last memory run."""
-        rows, _ = self._rows(input_ids, attention_mask, reward, session)
+        """Read tokens into the session without predicting: only the layers up to the last memory run.
+
+        In a session with a log: `source` labels them, `ttl_tokens` takes back what each has written at the first
+        segment that begins as many tokens after it or later. Raises ConfigError for either without a log.
+        """
+        rows, _ = checked_rows(input_ids, attention_mask, reward, session.batch_size)
+        rows = tagged(session, rows, source, ttl_tokens)
         return CortexOutput(None, advance(self, session, rows, keep=torch.zeros_like(rows.lengths))[1])
 
     def generate(
-        self, input_ids: Int[Tensor, "batch tokens"], session: Session | None = None, **options: Any
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        session: Session | None = None,
+        source: str | None = None,
+        **options: Any,
     ) -> Tensor:
         """As `generate` of Hugging Face models, with a memory: input and output may be longer than the window.
 
         Returns input and new tokens [batch, tokens + new]. Raises ConfigError for options that cannot work with a
         memory (several beams or sequences, assisted decoding). What looks back over the text (`repetition_penalty`,
-        `no_repeat_ngram_size`) sees the open segment only: tokens of closed segments are no longer there.
+        `no_repeat_ngram_size`) sees the open segment only: tokens of closed segments are no longer there. `source`
+        labels input and result in the session's log.
         """
         if not self._memory_on:
             return self.backbone.generate(input_ids=input_ids, **options)  # type: ignore[operator]
         session = session or self.new_session(len(input_ids))
         mask = options.pop("attention_mask", None)
-        rows, _ = self._rows(input_ids, mask, None, session)
-        return generate(self, input_ids, rows, session, **options)
+        rows, _ = checked_rows(input_ids, mask, None, session.batch_size)
+        return generate(self, input_ids, tagged(session, rows, source, None), session, source, **options)
 
     def listen(self, layout: Layout, states: States, **settings: Any) -> MemoryPass:
         """A pass that lets the sidecars take part in one backbone call (`attention_pass`)."""
@@ -224,6 +272,11 @@ class Cortex(nn.Module):
         return self._ports[0]
 
     @property
+    def sidecars_by_layer(self) -> dict[int, Sidecar]:
+        """Sidecars by layer number, in order."""
+        return dict(self.ports.values())
+
+    @property
     def reader(self) -> nn.Module:
         """The decoder up to the last memory layer: called without the language-model head."""
         return self._reader[0]
@@ -233,7 +286,7 @@ class Cortex(nn.Module):
     ) -> CortexOutput:
         """Nothing before it and no more than the window: the backbone's own call, with its own padding."""
         session = self.new_session(len(input_ids))
-        _, mask = self._rows(input_ids, attention_mask, reward, session)
+        _, mask = checked_rows(input_ids, attention_mask, reward, session.batch_size)
         reward = torch.zeros(input_ids.shape, device=input_ids.device) if reward is None else reward
         memory = self.listen(Layout(1, mask, session.start_tokens, reward), session.states)
         with attention_pass(memory):
@@ -241,38 +294,3 @@ class Cortex(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep
             )
         return CortexOutput(out.logits, metrics_of(memory))
-
-    def _rows(
-        self, input_ids: Tensor, attention_mask: Tensor | None, reward: Tensor | None, session: Session
-    ) -> tuple[Rows, Bool[Tensor, "batch tokens"]]:
-        if input_ids.dim() != 2 or len(input_ids) != session.batch_size:
-            raise ConfigError(
-                f"input_ids has shape {list(input_ids.shape)}, the session has {session.batch_size} rows: give "
-                "[batch, tokens] with the same batch, or new_session(batch_size=…)"
-            )
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        reward = torch.zeros(input_ids.shape, device=input_ids.device) if reward is None else reward.float()
-        for name, value in (("attention_mask", mask), ("reward", reward)):
-            if value.shape != input_ids.shape:
-                raise ConfigError(
-                    f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: they must agree"
-                )
-        return Rows.from_padded(input_ids, mask, reward), mask
-
-
-def _window(backbone: PreTrainedModel) -> int:
-    """Longest input that the backbone's positions allow, in tokens."""
-    return getattr(backbone.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-
-def _check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, backbone: PreTrainedModel) -> None:
-    """A head's memory is of low rank: no wider than the head. Segments fit the window."""
-    if config.rank > head_dim:
-        raise ConfigError(
-            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most "
-            f"{head_dim}, a memory is no wider than its head"
-        )
-    if segment_tokens > _window(backbone):
-        raise ConfigError(
-            f"backbone.segment_tokens = {segment_tokens} exceeds the backbone's window of {_window(backbone)} tokens"
-        )

@@ -28,6 +28,8 @@ class MemoryPass:
     """Segment, counted from the first, at whose start each row's state is kept in `snapshots`."""
     read_last: bool = True
     """Whether the last memory layer's read is needed; False when only the state is."""
+    log: bool = False
+    """Whether the readings say what was written."""
     final: States = field(default_factory=dict)
     snapshots: States = field(default_factory=dict)
     readings: dict[int, Reading] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class MemoryPass:
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
         wanted = self.read_last or layer != max(number for number, _ in self.sidecars.values())
         reading, self.snapshots[layer] = sidecar(
-            tokens, self.states[layer], snapshot_segment=self.snapshot_segment, read=wanted
+            tokens, self.states[layer], snapshot_segment=self.snapshot_segment, read=wanted, log=self.log
         )
         return reading
 
@@ -68,6 +70,7 @@ class MemoryPass:
             reward=layout.to_sequences(layout.reward),
             place=self._place(hidden),
             segment_tokens=hidden.shape[1],
+            silent=None if layout.silent is None else layout.to_sequences(layout.silent),
         )
 
     def _place(self, hidden: Tensor) -> Tensor:
@@ -83,6 +86,8 @@ class GenerationPass(MemoryPass):
     """Per layer, the state at the start of the open segment."""
     context: dict[int, Tensor] = field(default_factory=dict)
     """Per layer, its input at the last few tokens."""
+    write_new: bool = True
+    """Whether tokens that are made are written before their segment closes. A write filter cannot know yet."""
 
     def before(self, module: nn.Module, hidden: Tensor) -> None:
         first = next(iter(self.sidecars))
@@ -99,6 +104,7 @@ class GenerationPass(MemoryPass):
             valid=torch.ones(rows, hidden.shape[1], dtype=torch.bool, device=device),
             start=self.layout.start + self.layout.valid.sum(1),
             reward=torch.zeros(rows, hidden.shape[1], device=device),
+            silent=None if self.write_new else torch.ones(rows, hidden.shape[1], dtype=torch.bool, device=device),
         )
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:

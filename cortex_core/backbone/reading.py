@@ -9,9 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cortex_core.backbone.attention import attention_pass, only_at
+from cortex_core.backbone.forgetting import expired
 from cortex_core.backbone.passes import MemoryPass, States
-from cortex_core.backbone.segments import Layout, Rows
+from cortex_core.backbone.segments import Layout, Rows, Tags
 from cortex_core.backbone.session import Session
+from cortex_core.backbone.silence import context_after, silent_tokens
 from cortex_core.fast_weights.state import FastWeights
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def read_segments(
     *,
     predict: bool | Bool[Tensor, "batch segments width"],
     snapshot_segment: Int[Tensor, " batch"] | None = None,
+    log: bool = False,
 ) -> tuple[Tensor | None, MemoryPass]:
     """One backbone call over all segments of all rows.
 
@@ -38,7 +41,7 @@ def read_segments(
     batch, segments, width = input_ids.shape
     flat = input_ids.reshape(batch * segments, width)
     nowhere = predict is False
-    memory = model.listen(layout, states, snapshot_segment=snapshot_segment, read_last=not nowhere)
+    memory = model.listen(layout, states, snapshot_segment=snapshot_segment, read_last=not nowhere, log=log)
     mask = None if bool(layout.valid.all()) else layout.valid.long()
     with attention_pass(memory):
         if nowhere:
@@ -56,33 +59,42 @@ def advance(
     """Read `new` into the session. Returns the logits of the last `keep` tokens of each row (padded right) and metrics.
 
     The open segment is read again from its start, so that the result does not depend on how an input is split. A full
-    segment stays open until a token follows it.
+    segment stays open until a token follows it. The session changes once all is read, or not at all.
     """
     rows = session.open_rows.then(new)
     width = model.segment_tokens
     closed = ((rows.lengths - 1) // width).clamp_min(0)
     segments = max(1, -(-rows.input_ids.shape[1] // width))
     padded = rows.to_width(segments * width if segments > 1 else max(1, rows.input_ids.shape[1]))
+    silent = silent_tokens(model, session, padded)
     first_kept = int((rows.lengths - keep)[keep > 0].min()) if bool((keep > 0).any()) else rows.input_ids.shape[1]
     block = max(1, BLOCK_TOKENS // (session.batch_size * width))
-    states, boundary = session.states, session.states
+    states, boundary, log = session.states, session.states, session.log
     kept, last_pass = [], None
-    for first in range(0, segments, block):
+    first = 0
+    while first < segments:
         count = min(block, segments - first)
+        if log is not None:  # a block ends where something expires
+            count = min(count, log.until_expiry(padded, session.start_tokens, width, first) - first)
         predict = (first + count) * width > first_kept
-        logits, last_pass = _read_block(model, padded, session, states, closed, first, count, predict=predict)
+        logits, last_pass = _read_block(model, padded, silent, session, states, first, count, closed, predict=predict)
         states = last_pass.final
         boundary = {n: FastWeights.where(closed >= first, last_pass.snapshots[n], boundary[n]) for n in boundary}
         if logits is not None:
             kept.append((first * width, logits))
+        if log is not None:
+            log, states = _logged(model, log, last_pass, padded, session, first, count, closed)
+        first += count
     session.states = {layer: state.detach() for layer, state in boundary.items()}
+    session.log = log
+    session.before = context_after(model, session, rows, closed * width)
     session.open_rows = rows.after(closed * width)
     session.start_tokens = session.start_tokens + closed * width
     assert last_pass is not None
     return _kept_logits(kept, rows.lengths, keep, model), metrics_of(last_pass)
 
 
-def _read_block(model, padded, session, states, closed, first, count, *, predict):  # noqa: ANN001, ANN202
+def _read_block(model, padded, silent, session, states, first, count, closed, *, predict):  # noqa: ANN001, ANN202
     width = min(model.segment_tokens, padded.input_ids.shape[1])
     now = slice(first * width, (first + count) * width)
     flat = (session.batch_size * count, width)
@@ -91,9 +103,26 @@ def _read_block(model, padded, session, states, closed, first, count, *, predict
         padded.valid[:, now].reshape(flat),
         session.start_tokens + first * width,
         padded.reward[:, now].reshape(flat),
+        None if silent is None else silent[:, now].reshape(flat),
     )
-    ids = padded.input_ids[:, now].view(session.batch_size, count, width)
-    return read_segments(model, ids, layout, states, predict=predict, snapshot_segment=closed - first)
+    ids, log = padded.input_ids[:, now].view(session.batch_size, count, width), session.log is not None
+    return read_segments(model, ids, layout, states, predict=predict, snapshot_segment=closed - first, log=log)
+
+
+def _logged(model, log, memory, padded, session, first, count, closed):  # noqa: ANN001, ANN202
+    """The log with what the block has written, and the states after it without what expires where it ends."""
+    width = min(model.segment_tokens, padded.input_ids.shape[1])
+    place = torch.arange(first * width, (first + count) * width, device=closed.device)
+    rows = Rows(
+        padded.input_ids[:, place], padded.reward[:, place], (padded.lengths - first * width).clamp(0, count * width),
+        Tags(*(part[:, place] for part in padded.tags)),
+    )  # fmt: skip
+    written = {layer: reading.written for layer, reading in memory.readings.items()}
+    log = log.extended(written, rows, place < (closed * width)[:, None], session.start_tokens[:, None] + place)
+    end = session.start_tokens + (first + count) * width
+    gone = expired(log, closed >= first + count, end)
+    log, states = log.without(gone, model.sidecars_by_layer, memory.final, end)
+    return log.fitted(model.sidecars_by_layer), states
 
 
 def _kept_logits(kept: list[tuple[int, Tensor]], lengths: Tensor, keep: Tensor, model: Cortex) -> Tensor:

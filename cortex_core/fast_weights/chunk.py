@@ -44,6 +44,11 @@ class Tiles(NamedTuple):
     values: Tensor
     write: Tensor
     ticks: Tensor
+    idle: Tensor | None
+
+    def log_faded(self, rule: Rule) -> Tensor | float:
+        """ln of what the tokens that stood before each one and wrote nothing leave; 0 where there are none."""
+        return 0.0 if self.idle is None else self.idle * rule.log_idle[:, None, None]
 
 
 def scan(
@@ -97,13 +102,14 @@ def _segment(
     chunk_size: int,
     read: bool,
 ) -> tuple[Tensor | None, FastWeights]:
-    if not torch.is_grad_enabled() and not dose.ticks.any():
+    if not torch.is_grad_enabled() and dose.idle is None and not dose.ticks.any():
         # Nothing is written: the state stands and a read is one product. Filler costs next to nothing.
         return rule.project(queries, state) @ state.up if read else None, state
     tokens = keys.shape[2]
     chunks = math.ceil(tokens / chunk_size)
     size = math.ceil(tokens / chunks)  # as even as possible: 65 tokens are 33 + 32, not 64 + 1
-    tiles = Tiles(*(_tiled(x, chunks, size) for x in (keys, queries, values, dose.write, dose.ticks)))
+    given = (keys, queries, values, dose.write, dose.ticks, dose.idle)
+    tiles = Tiles(*(None if x is None else _tiled(x, chunks, size) for x in given))  # type: ignore[arg-type]
     out, final = (_hebbian if rule.hebbian else _delta)(rule, tiles, state, read)
     return None if out is None else out.flatten(2, 3)[:, :, :tokens], final
 
@@ -127,7 +133,7 @@ def _decays(log_kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _delta(rule: Rule, tiles: Tiles, state: FastWeights, read: bool) -> tuple[Tensor | None, FastWeights]:
     keys, write = tiles.keys, tiles.write[..., None]
-    between, at_end, kept = _decays(tiles.ticks * rule.log_decay[:, None, None])
+    between, at_end, kept = _decays(tiles.ticks * rule.log_decay[:, None, None] + tiles.log_faded(rule))
     overlap = keys @ keys.transpose(-1, -2)
     system = torch.tril(write * between * overlap, -1)
     given = torch.cat([write * tiles.values, write * kept * keys], dim=-1)
@@ -147,7 +153,7 @@ def _hebbian(rule: Rule, tiles: Tiles, state: FastWeights, read: bool) -> tuple[
     assert state.down is not None
     keys, write = tiles.keys, tiles.write[..., None]
     left = rule.anti_hebbian * -tiles.ticks
-    between, at_end, kept = _decays(tiles.ticks * rule.log_decay[:, None, None] + left.log1p())
+    between, at_end, kept = _decays(tiles.ticks * rule.log_decay[:, None, None] + left.log1p() + tiles.log_faded(rule))
     moved = write / (1.0 + left[..., None])  # a key is looked up before the anti-Hebbian term takes its share
     system = torch.tril(-moved * between * (keys @ keys.transpose(-1, -2)), -1)
     given = torch.cat([write * keys, moved * kept * keys] if rule.slow else [moved * kept * keys], dim=-1)

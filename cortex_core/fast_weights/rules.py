@@ -5,6 +5,7 @@ Equations and symbols: README.md beside this file.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +23,8 @@ class Dose(NamedTuple):
     """How strongly each is written, 0 to `write_strength`."""
     ticks: Float[Tensor, "batch heads tokens"]
     """How often each decays the state: its gate (decay per write), or 1 (decay per token)."""
+    idle: Float[Tensor, "batch heads tokens"] | None = None
+    """Full ticks of tokens that stood just before each and wrote nothing; None where every token is there itself."""
 
 
 @runtime_checkable
@@ -48,6 +51,16 @@ class Rule(NamedTuple):
     """Hebbian: whether `down` is added to the identity (key_dim = rank) or stands alone, as in the source."""
     clamp: bool = False
     """Hebbian: whether the anti-Hebbian term is clamped to -1 .. 1, as in the source."""
+
+    @property
+    def log_idle(self) -> Float[Tensor, " heads"]:
+        """ln of what a token that counts as a tick and writes nothing leaves of the state."""
+        return self.log_decay + math.log1p(-self.anti_hebbian) if self.hebbian else self.log_decay
+
+    def faded(self, state: FastWeights, ticks: Float[Tensor, "batch heads"]) -> FastWeights:
+        """`state` after as many tokens that wrote nothing. Exact for the clamped rule while entries lie in -1 .. 1."""
+        kept = (ticks * self.log_idle).exp()[..., None, None]
+        return state.map(lambda part: part * kept)
 
     def project(self, x: Float[Tensor, "*shape key_dim"], state: FastWeights) -> Float[Tensor, "*shape rank"]:
         """Keys or queries into the key space as `state` has it."""
@@ -83,7 +96,9 @@ def step_by_step(
         now = slice(t, t + 1)
         k, v = keys[:, :, now], values[:, :, now]
         dose = gate(surprise(v, rule.predict(k, anchor)) if gate.needs_surprise else None, now)
-        state = write(rule, k, v, Dose(*(x[..., None] for x in dose)), state)
+        if dose.idle is not None:
+            state = rule.faded(state, dose.idle[:, :, 0])
+        state = write(rule, k, v, Dose(dose.write[..., None], dose.ticks[..., None]), state)
         outputs.append(rule.project(queries[:, :, now], state) @ state.up)
     return torch.cat(outputs, dim=2), state
 

@@ -16,6 +16,7 @@ from cortex_core.fast_weights.chunk import scan
 from cortex_core.fast_weights.controller import Controller
 from cortex_core.fast_weights.decay import Decay
 from cortex_core.fast_weights.gate import TappedGate, hard_gate
+from cortex_core.fast_weights.replay import Written
 from cortex_core.fast_weights.rules import Dose, Rule, step_by_step
 from cortex_core.fast_weights.state import FastWeights
 
@@ -35,6 +36,8 @@ class LayerTokens(NamedTuple):
     """Width of the segments that these tokens are, the last of which may be short."""
     before: Float[Tensor, "batch context hidden"] | None = None
     """`hidden` of the few tokens before these, where a call goes on within a segment; zeros before its start."""
+    silent: Bool[Tensor, "batch tokens"] | None = None
+    """Tokens that must not be written, whatever the gate says; None is no token."""
 
 
 class LayerShape(NamedTuple):
@@ -57,6 +60,8 @@ class Reading(NamedTuple):
     surprise: Float[Tensor, "batch heads tokens"]
     activation: Float[Tensor, "batch heads tokens"]
     """The write gate's activation after the controller, before the dead zone; what the sparsity penalty acts on."""
+    written: Written | None = None
+    """What was written of each token; None unless it was asked for."""
 
 
 class Sidecar(nn.Module):
@@ -114,16 +119,17 @@ class Sidecar(nn.Module):
         snapshot_segment: Int[Tensor, " batch"] | None = None,
         read: bool = True,
         anchor: FastWeights | None = None,
+        log: bool = False,
     ) -> tuple[Reading, FastWeights]:
         """Read `tokens` from `initial_state`. Returns the reading and the state at the start of `snapshot_segment`.
 
         With an `anchor`, the state at the start of the open segment, token by token (generation); otherwise the first
-        token opens a segment. All of it in float32, also under autocast.
+        token opens a segment. With `log`, the reading says what was written. All of it in float32, also under autocast.
         """
         with torch.autocast(tokens.hidden.device.type, enabled=False):
-            return self._read(tokens, initial_state, snapshot_segment, read, anchor)
+            return self._read(tokens, initial_state, snapshot_segment, read, anchor, log)
 
-    def _read(self, tokens, initial_state, snapshot_segment, read, anchor):  # noqa: ANN001, ANN202
+    def _read(self, tokens, initial_state, snapshot_segment, read, anchor, log):  # noqa: ANN001, ANN202
         config = self.config
         new, values = tokens.hidden.shape[1], tokens.values.float()
         if config.rule == "source":
@@ -148,7 +154,8 @@ class Sidecar(nn.Module):
             added = self.output_gate[:, None, None] * asked[..., None] * out
             if rule.hebbian and config.write_strength:  # what it holds is in units of the write strength
                 added = added / config.write_strength
-        return Reading(added, final, write, surprises, gate.modulated), snapshot
+        written = Written(keys, values, write, gate.ticks(write)).detach() if log else None
+        return Reading(added, final, write, surprises, gate.modulated, written), snapshot
 
 
 class _Gate:
@@ -178,8 +185,16 @@ class _Gate:
         self._modulated.append(gate)
         opened = hard_gate(gate, config.dead_zone, config.saturation) if config.gate == "hard" else gate
         opened = opened * scale * valid
+        if self.tokens.silent is not None:
+            opened = opened * ~self.tokens.silent[:, None, now]
         ticks = opened if config.decay_per == "write" else valid.expand_as(opened).to(opened.dtype)
         return Dose(opened * config.write_strength, ticks)
+
+    def ticks(self, write: Tensor) -> Tensor:
+        """How often each token of the pass decayed the state, from how strongly it was written."""
+        if self.config.decay_per == "token":
+            return self.tokens.valid[:, None].expand_as(write).to(write.dtype)
+        return write / (self.config.write_strength or 1.0)
 
     @property
     def modulated(self) -> Tensor:

@@ -25,7 +25,7 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import associative_recall, cost, overhead, recall, sharding, speed, wallclock
+from tests.benchmarks.rows import associative_recall, cost, overhead, recall, safety, sharding, speed, wallclock
 from tests.benchmarks.rows.demo import Demo
 
 Measure = Callable[[Demo, Set[str]], Iterator[Row]]
@@ -50,6 +50,8 @@ MEASUREMENTS = (
     _one(recall.bare_beyond_window, "recall"),
     _one(recall.in_window_recall_loss_points, "recall"),
     Measurement(associative_recall.associative_recall, associative_recall.ROWS, "mqar", needs_run=False),
+    Measurement(safety.forgetting_one_fact, safety.FORGET_ROWS, "safety"),
+    Measurement(safety.int8_sessions, safety.INT8_ROWS, "safety"),
     _one(cost.text_perplexity_drift_percent, "cost"),
     _one(cost.evaluation_peak_memory_ratio, "cost"),
     _one(cost.memory_overhead_ratio, "cost"),

@@ -1,0 +1,1 @@
+"""What must not be remembered: filters between reading and writing."""
