@@ -1,0 +1,99 @@
+"""What the Triton kernels of `kernel_passes` share: tiles in and out, decays, the triangular inverse.
+
+Importable without Triton, which torch's CUDA builds bring and its CPU builds do not; then nothing here can be called.
+"""
+
+# ruff: noqa: ANN001, ANN202 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+try:
+    import triton  # pyright: ignore[reportMissingImports]
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+    jit: Any = triton.jit
+except ImportError:
+    tl: Any = None
+    jit: Any = lambda function: function
+
+
+# Types are not checked inside kernels: the tests' run-time checker would wrap what Triton has to read as source.
+@jit
+@no_type_check
+def load_rows(pointer, place, rows, stride, width: tl.constexpr, wide: tl.constexpr):
+    """Rows `place` of a matrix as float32, [len(place), wide]; 0 past its `rows` and `width`."""
+    column = tl.arange(0, wide)
+    inside = (place[:, None] < rows) & (column[None, :] < width)
+    return tl.load(pointer + place[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+@no_type_check
+def store_rows(pointer, place, rows, stride, width: tl.constexpr, wide: tl.constexpr, tile):
+    """The reverse of `load_rows`, rounded to what `pointer` points to."""
+    column = tl.arange(0, wide)
+    inside = (place[:, None] < rows) & (column[None, :] < width)
+    tl.store(pointer + place[:, None] * stride + column[None, :], tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@jit
+@no_type_check
+def row_of(pointer, stream, heads, batch_stride, head_stride):
+    """Where the tokens of one head of one row of the batch start."""
+    return pointer + (stream // heads).to(tl.int64) * batch_stride + (stream % heads).to(tl.int64) * head_stride
+
+
+@jit
+@no_type_check
+def decays(log_kept, chunk: tl.constexpr):
+    """`between[t, s]`, what is left at t of something written at s <= t; what is left of the start at each token, at
+    the end of each token, and at the end of the start."""
+    total = tl.cumsum(log_kept, axis=0)
+    last = tl.sum(log_kept, axis=0)
+    t = tl.arange(0, chunk)
+    exponent = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
+    return tl.exp(exponent), tl.exp(total), tl.exp(last - total), tl.exp(last)
+
+
+@jit
+@no_type_check
+def inverse(system, size: tl.constexpr, precision: tl.constexpr):
+    """Of I + `system`, which is strictly lower triangular, [size, size], size 16, 32 or 64.
+
+    Inverses of diagonal blocks, twice as wide at each step: [[P, 0], [F, Q]] has -Q^-1 F P^-1 below the diagonal. No step
+    depends on the one before it within a level, and with unit keys no entry of any of these inverses exceeds
+    max(1, write) (README.md), so nothing cancels, as it would in the series I - L + L^2 - ...
+    """
+    blocks: tl.constexpr = size // 16
+    same = tl.arange(0, blocks)[:, None, None, None] == tl.arange(0, blocks)[None, None, :, None]
+    small = tl.sum(tl.where(same, tl.reshape(system, [blocks, 16, blocks, 16]), 0.0), axis=2)
+    row = tl.arange(0, 16)[None, :, None]
+    column = tl.arange(0, 16)[None, None, :]
+    found = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, small, 0.0)
+    for level in tl.static_range(1, 4):
+        apart = (row >> level) != (column >> level)
+        joined = (row >> (level + 1)) == (column >> (level + 1))
+        below = tl.where(joined & apart, small, 0.0)
+        found -= tl.dot(found, tl.dot(below, found, input_precision=precision), input_precision=precision)
+    whole = tl.reshape(tl.where(same, found[:, :, None, :], 0.0), [size, size])
+    row = tl.arange(0, size)[:, None]
+    column = tl.arange(0, size)[None, :]
+    for level in tl.static_range(4, 6):
+        if size > (1 << level):
+            apart = (row >> level) != (column >> level)
+            joined = (row >> (level + 1)) == (column >> (level + 1))
+            below = tl.where(joined & apart, system, 0.0)
+            whole -= tl.dot(whole, tl.dot(below, whole, input_precision=precision), input_precision=precision)
+    return whole
+
+
+@jit
+@no_type_check
+def solve(keys, write, between, chunk: tl.constexpr, precision: tl.constexpr):
+    """M^-1 of a chunk, M = I + tril(write * between * keys keys^T, -1): from what was asked to what is written."""
+    t = tl.arange(0, chunk)
+    overlap = tl.dot(keys, tl.trans(keys), input_precision=precision)
+    system = tl.where(t[:, None] > t[None, :], write[:, None] * between * overlap, 0.0)
+    return inverse(system, chunk, precision)

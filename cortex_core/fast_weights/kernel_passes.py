@@ -1,0 +1,211 @@
+"""The passes of `kernel.delta_rule` over a stream of tokens, one program per chunk or per stream.
+
+A stream is one head of one row of the batch. Symbols are those of README.md, "On a GPU"; tiles are padded to powers of
+two (`wide`), and rows past the end of the tokens are masked: they write nothing and decay nothing.
+"""
+
+# ruff: noqa: ANN001, ANN202 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+from cortex_core.fast_weights.kernel_math import decays, inverse, jit, load_rows, row_of, solve, store_rows, tl
+
+__all__ = ["carry", "gradients", "inverse", "prepare", "read"]
+
+
+@jit
+@no_type_check
+def prepare(
+    keys, queries, columns, write, log_kept,
+    erased, kept, reach, solved, added, partial,
+    keys_b, keys_h, keys_t, queries_b, queries_h, queries_t, columns_b, columns_h, columns_t,
+    heads, tokens, chunks,
+    rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
+    reads: tl.constexpr, backward: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """One chunk, without the state before it. What it does to that state: S' = kept S - erased S + added.
+
+    Forward, `columns` are the values: `added`, and, where it is read, `reach` and `partial`, so that the outputs are
+    reach S + partial. Backward, `columns` are the gradients of the outputs: `added` is what they ask of the state
+    before the chunk, and the triangle's inverse is left in `solved`.
+    """
+    number = tl.program_id(0) % chunks
+    stream = tl.program_id(0) // chunks
+    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
+    inside = place < tokens
+    w = tl.load(write + stream.to(tl.int64) * tokens + place, mask=inside, other=0.0)
+    a = tl.load(log_kept + stream.to(tl.int64) * tokens + place, mask=inside, other=0.0)
+    between, so_far, to_end, all_kept = decays(a, chunk)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+    solution = solve(k, w, between, chunk, precision)
+    asked = (w * so_far)[:, None] * k  # what each token looks up of the state before the chunk
+    left = tl.dot(tl.trans(solution), to_end[:, None] * k, input_precision=precision)
+    number = stream.to(tl.int64) * chunks + number
+    rows = tl.arange(0, rank_wide)
+    out = tl.dot(tl.trans(left), asked, input_precision=precision)
+    store_rows(erased + number * rank * rank, rows, rank, rank, rank, rank_wide, out)
+    tl.store(kept + number, all_kept)
+    if backward:
+        store_rows(solved + number * chunk * chunk, tl.arange(0, chunk), chunk, chunk, chunk, chunk, solution)
+    reached = left
+    scores = solution
+    if reads:
+        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
+        scores = between * tl.dot(q, tl.trans(k), input_precision=precision)
+        scores = tl.dot(scores, solution, input_precision=precision)
+        reached = so_far[:, None] * q - tl.dot(scores, asked, input_precision=precision)
+        if not backward:
+            store_rows(reach + stream.to(tl.int64) * tokens * rank, place, tokens, rank, rank, rank_wide, reached)
+    if reads or not backward:
+        origin = row_of(columns, stream, heads, columns_b, columns_h)
+        for start in range(0, dim, dim_wide):
+            tile = load_rows(origin + start, place, tokens, columns_t, dim - start, dim_wide)
+            if not backward:
+                tile = w[:, None] * tile
+                if reads:
+                    out = tl.dot(scores, tile, input_precision=precision)
+                    target = partial + stream.to(tl.int64) * tokens * dim + start
+                    store_rows(target, place, tokens, dim, dim - start, dim_wide, out)
+                out = tl.dot(tl.trans(left), tile, input_precision=precision)
+            else:
+                out = tl.dot(tl.trans(reached), tile, input_precision=precision)
+            # The states are one longer than the chunks: forward this goes behind the state it is added to.
+            slot = number + stream + (0 if backward else 1)
+            store_rows(added + slot * rank * dim + start, rows, rank, dim, dim - start, dim_wide, out)
+
+
+@jit
+@no_type_check
+def carry(
+    erased, kept, states, chunks,
+    rank: tl.constexpr, dim: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
+    backward: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The one loop over chunks, in place: every slot of `states` but the first (backward: the last) holds what is added.
+
+    No decay and nothing erased leave the state bit for bit, at any precision of the product.
+    """
+    stream = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * dim_wide
+    rows = tl.arange(0, rank_wide)
+    states += stream * (chunks + 1) * rank * dim + start
+    first = chunks if backward else 0
+    state = load_rows(states + first.to(tl.int64) * rank * dim, rows, rank, dim, dim - start, dim_wide)
+    for step in range(0, chunks):
+        number = chunks - 1 - step if backward else step
+        chunk = stream * chunks + number
+        gone = load_rows(erased + chunk * rank * rank, rows, rank, rank, rank, rank_wide)
+        if backward:
+            gone = tl.trans(gone)
+        slot = states + (number + (0 if backward else 1)).to(tl.int64) * rank * dim
+        more = load_rows(slot, rows, rank, dim, dim - start, dim_wide)
+        state = tl.load(kept + chunk) * state - tl.dot(gone, state, input_precision=precision) + more
+        store_rows(slot, rows, rank, dim, dim - start, dim_wide, state)
+
+
+@jit
+@no_type_check
+def read(
+    reach, states, partial, outputs, tokens, chunks,
+    rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk, now that the state before it is known."""
+    number = tl.program_id(0) % chunks
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    start = tl.program_id(1) * dim_wide
+    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
+    reached = load_rows(reach + stream * tokens * rank, place, tokens, rank, rank, rank_wide)
+    state = states + (stream * (chunks + 1) + number) * rank * dim + start
+    state = load_rows(state, tl.arange(0, rank_wide), rank, dim, dim - start, dim_wide)
+    own = load_rows(partial + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide)
+    out = tl.dot(reached, state, input_precision=precision) + own
+    store_rows(outputs + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide, out)
+
+
+@jit
+@no_type_check
+def gradients(
+    keys, queries, values, write, log_kept, solved, states, d_states, d_outputs,
+    d_keys, d_queries, d_values, d_write, d_log_kept,
+    keys_b, keys_h, keys_t, queries_b, queries_h, queries_t, values_b, values_h, values_t,
+    heads, tokens, chunks,
+    rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
+    reads: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk, from the states before it and the gradient of the state after it."""
+    number = tl.program_id(0) % chunks
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
+    inside = place < tokens
+    w = tl.load(write + stream * tokens + place, mask=inside, other=0.0)
+    between, so_far, to_end, all_kept = decays(
+        tl.load(log_kept + stream * tokens + place, mask=inside, other=0.0), chunk
+    )
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+    q = k
+    if reads:
+        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
+    t = tl.arange(0, chunk)
+    matrix = (stream * chunks + number) * chunk * chunk
+    solution = load_rows(solved + matrix, t, chunk, chunk, chunk, chunk)
+    scores = between * tl.dot(q, tl.trans(k), input_precision=precision)
+    values = row_of(values, stream, heads, values_b, values_h)
+    states += (stream * (chunks + 1) + number) * rank * dim
+    d_states += (stream * (chunks + 1) + number + 1) * rank * dim
+    rows = tl.arange(0, rank_wide)
+
+    d_system = tl.zeros([chunk, chunk], tl.float32)
+    d_scores = tl.zeros([chunk, chunk], tl.float32)
+    d_k = tl.zeros([chunk, rank_wide], tl.float32)
+    d_q = tl.zeros([chunk, rank_wide], tl.float32)
+    d_w = tl.zeros([chunk], tl.float32)
+    d_total = tl.zeros([chunk], tl.float32)  # by the sum of logarithms up to each token
+    d_last = 0.0  # by the sum of all
+    for start in range(0, dim, dim_wide):
+        state = load_rows(states + start, rows, rank, dim, dim - start, dim_wide)
+        d_state = load_rows(d_states + start, rows, rank, dim, dim - start, dim_wide)
+        held = so_far[:, None] * tl.dot(k, state, input_precision=precision)
+        wrong = load_rows(values + start, place, tokens, values_t, dim - start, dim_wide) - held
+        error = tl.dot(solution, w[:, None] * wrong, input_precision=precision)
+        d_error = to_end[:, None] * tl.dot(k, d_state, input_precision=precision)
+        at_end = tl.sum(error * d_error, axis=1)
+        d_total -= at_end
+        d_last += tl.sum(at_end, axis=0) + all_kept * tl.sum(tl.sum(state * d_state, axis=1), axis=0)
+        d_k += tl.dot(to_end[:, None] * error, tl.trans(d_state), input_precision=precision)
+        if reads:
+            d_out = load_rows(
+                d_outputs + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide
+            )
+            d_error += tl.dot(tl.trans(scores), d_out, input_precision=precision)
+            d_scores += tl.dot(d_out, tl.trans(error), input_precision=precision)
+            d_q += tl.dot(so_far[:, None] * d_out, tl.trans(state), input_precision=precision)
+        asked = tl.dot(tl.trans(solution), d_error, input_precision=precision)
+        d_w += tl.sum(asked * wrong, axis=1)
+        d_system -= tl.dot(asked, tl.trans(error), input_precision=precision)
+        asked = w[:, None] * asked
+        target = d_values + stream * tokens * dim + start
+        store_rows(target, place, tokens, dim, dim - start, dim_wide, asked)
+        d_total -= tl.sum(asked * held, axis=1)
+        d_k -= tl.dot(so_far[:, None] * asked, tl.trans(state), input_precision=precision)
+
+    overlap = tl.dot(k, tl.trans(k), input_precision=precision)
+    d_overlap = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
+    through = d_overlap * overlap
+    d_w += tl.sum(through, axis=1)
+    through = w[:, None] * through
+    d_overlap = w[:, None] * d_overlap
+    d_k += tl.dot(d_overlap + tl.trans(d_overlap), k, input_precision=precision)
+    if reads:
+        d_total += tl.sum(d_q * q, axis=1)
+        through += d_scores * scores
+        d_scores = d_scores * between
+        d_q += tl.dot(d_scores, k, input_precision=precision)
+        d_k += tl.dot(tl.trans(d_scores), q, input_precision=precision)
+        store_rows(d_queries + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_q)
+    d_total += tl.sum(through, axis=1) - tl.sum(through, axis=0)
+    store_rows(d_keys + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_k)
+    tl.store(d_write + stream * tokens + place, d_w, mask=inside)
+    tl.store(d_log_kept + stream * tokens + place, tl.cumsum(d_total, axis=0, reverse=True) + d_last, mask=inside)
