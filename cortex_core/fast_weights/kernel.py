@@ -38,13 +38,13 @@ def delta_rule(
     """Decay, write, read, for all tokens. Returns what each token reads (None without `read`) and the final state.
 
     Keys and queries of unit length; keys, queries and values float32 or bfloat16, outputs and gradients like them; the
-    rest float32, and so is every sum and product inside. `chunk_size` changes the speed alone: it is brought to 16, 32
-    or 64. `precision` is that of the products: "ieee" is float32, "tf32x3" three passes of the tensor cores with nearly
+    rest float32, and so is every sum and product inside. `chunk_size` changes the speed alone: it is brought to 16 or
+    32. `precision` is that of the products: "ieee" is float32, "tf32x3" three passes of the tensor cores with nearly
     its precision.
     """
     assert keys.shape[-1] <= MAX_RANK, keys.shape
     log_kept = ticks.float() * log_decay.float()[:, None]
-    chunk = max(16, min(64, _power_of_two(chunk_size), _power_of_two(keys.shape[2])))
+    chunk = max(16, min(32, _power_of_two(chunk_size), _power_of_two(keys.shape[2])))
     out, final = _DeltaRule.apply(  # type: ignore[misc]
         keys, queries, values, write.float(), log_kept, initial.float(), chunk, read, precision
     )
@@ -75,7 +75,7 @@ class _Launch(NamedTuple):
     def tiles(self) -> dict[str, int]:
         """Padded sizes, a power of two at least 16, the least that a product takes."""
         rank = max(16, _power_of_two(self.rank))
-        return {"rank_wide": rank, "dim_wide": min(32 if rank > 64 else 64, max(16, _power_of_two(self.dim)))}
+        return {"rank_wide": rank, "dim_wide": min(32, max(16, _power_of_two(self.dim)))}
 
     @property
     def columns(self) -> int:
@@ -130,7 +130,7 @@ def _forward(
         if launch.reads
         else (write, write)
     )
-    erased, kept = _prepare(launch, keys, queries, values, write, log_kept, states, reach, partial, None)
+    erased, kept = _prepare(launch, keys, queries, values, write, log_kept, states, reach, partial)
     _carry(launch, erased, kept, states, backward=False)
     if not launch.reads:
         return values.new_empty(0), states
@@ -159,13 +159,20 @@ def _backward(
         d_out = d_out.contiguous()
     else:
         d_states[:, :-1] = 0.0
-    solved = write.new_empty(launch.streams * launch.chunks, launch.chunk, launch.chunk)
-    erased, kept = _prepare(launch, keys, queries, d_out, write, log_kept, d_states, write, write, solved)
+    solved, scored = write.new_empty(2, launch.streams * launch.chunks, launch.chunk, launch.chunk)
+    erased, kept = _prepare(launch, keys, queries, d_out, write, log_kept, d_states, write, write, solved, scored)
     _carry(launch, erased, kept, d_states, backward=True)
+    error, asked = write.new_empty(2, launch.streams, launch.tokens, launch.dim)
+    passes.errors[(launch.streams * launch.chunks, launch.columns)](
+        keys, values, write, log_kept, solved, scored, states, d_states, d_out, error, asked,
+        *keys.stride()[:3], *values.stride()[:3], launch.heads, launch.tokens, launch.chunks,
+        launch.rank, launch.dim, launch.chunk, **launch.tiles,
+        reads=launch.reads, precision=launch.precision, **launch.resources,
+    )  # fmt: skip
     d_keys, d_queries, d_values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, queries, values))
     d_write, d_log_kept = torch.empty_like(write), torch.empty_like(log_kept)
     passes.gradients[(launch.streams * launch.chunks,)](
-        keys, queries, values, write, log_kept, solved, states, d_states, d_out,
+        keys, queries, values, write, log_kept, scored, states, d_states, d_out, error, asked,
         d_keys, d_queries, d_values, d_write, d_log_kept,
         *keys.stride()[:3], *queries.stride()[:3], *values.stride()[:3],
         launch.heads, launch.tokens, launch.chunks,
@@ -186,14 +193,15 @@ def _prepare(
     states: Tensor,
     reach: Tensor,
     partial: Tensor,
-    solved: Tensor | None,
+    solved: Tensor | None = None,
+    scored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     erased = write.new_empty(launch.streams * launch.chunks, launch.rank, launch.rank)
     kept = write.new_empty(launch.streams * launch.chunks)
     strides = columns.stride()[:3] if columns.dim() == 4 else (0, 0, 0)
     passes.prepare[(launch.streams * launch.chunks,)](
         keys, queries, columns, write, log_kept,
-        erased, kept, reach, write if solved is None else solved, states, partial,
+        erased, kept, reach, write if solved is None else solved, write if scored is None else scored, states, partial,
         *keys.stride()[:3], *queries.stride()[:3], *strides,
         launch.heads, launch.tokens, launch.chunks,
         launch.rank, launch.dim, launch.chunk, **launch.tiles,
@@ -203,9 +211,8 @@ def _prepare(
 
 
 def _carry(launch: _Launch, erased: Tensor, kept: Tensor, states: Tensor, *, backward: bool) -> None:
-    tiles = launch.tiles | {"dim_wide": min(32, launch.tiles["dim_wide"])}  # more programs for the one serial pass
-    passes.carry[(launch.streams, -(-launch.dim // tiles["dim_wide"]))](
-        erased, kept, states, launch.chunks, launch.rank, launch.dim, **tiles,
+    passes.carry[(launch.streams, launch.columns)](
+        erased, kept, states, launch.chunks, launch.rank, launch.dim, **launch.tiles,
         backward=backward, precision=launch.precision, **launch.resources,
     )  # fmt: skip
 

@@ -47,24 +47,27 @@ def row_of(pointer, stream, heads, batch_stride, head_stride):
 
 @jit
 @no_type_check
-def decays(log_kept, chunk: tl.constexpr):
-    """`between[t, s]`, what is left at t of something written at s <= t; what is left of the start at each token, at
-    the end of each token, and at the end of the start."""
-    total = tl.cumsum(log_kept, axis=0)
-    last = tl.sum(log_kept, axis=0)
+def weights(write, log_kept, stream, place, tokens, chunk: tl.constexpr):
+    """How strongly each token of a chunk is written, and decays: `between[t, s]`, what is left at t of something written
+    at s <= t; what is left of the start at each token; at the end, of each token; at the end, of the start."""
+    inside = place < tokens
+    w = tl.load(write + stream * tokens + place, mask=inside, other=0.0)
+    logs = tl.load(log_kept + stream * tokens + place, mask=inside, other=0.0)
+    total = tl.cumsum(logs, axis=0)
+    last = tl.sum(logs, axis=0)
     t = tl.arange(0, chunk)
     exponent = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-    return tl.exp(exponent), tl.exp(total), tl.exp(last - total), tl.exp(last)
+    return w, tl.exp(exponent), tl.exp(total), tl.exp(last - total), tl.exp(last)
 
 
 @jit
 @no_type_check
 def inverse(system, size: tl.constexpr, precision: tl.constexpr):
-    """Of I + `system`, which is strictly lower triangular, [size, size], size 16, 32 or 64.
+    """Of I + `system`, which is strictly lower triangular, [size, size], size 16 or 32.
 
-    Inverses of diagonal blocks, twice as wide at each step: [[P, 0], [F, Q]] has -Q^-1 F P^-1 below the diagonal. No step
-    depends on the one before it within a level, and with unit keys no entry of any of these inverses exceeds
-    max(1, write) (README.md), so nothing cancels, as it would in the series I - L + L^2 - ...
+    Diagonal blocks, twice as wide at each step: the inverse of [[P, 0], [F, Q]] has -Q^-1 F P^-1 below the diagonal. So
+    there is no loop over rows; and with unit keys no entry of any of these inverses exceeds max(1, write) (README.md),
+    so nothing cancels, as it would in the series I - L + L^2 - ...
     """
     blocks: tl.constexpr = size // 16
     same = tl.arange(0, blocks)[:, None, None, None] == tl.arange(0, blocks)[None, None, :, None]
@@ -78,14 +81,11 @@ def inverse(system, size: tl.constexpr, precision: tl.constexpr):
         below = tl.where(joined & apart, small, 0.0)
         found -= tl.dot(found, tl.dot(below, found, input_precision=precision), input_precision=precision)
     whole = tl.reshape(tl.where(same, found[:, :, None, :], 0.0), [size, size])
-    row = tl.arange(0, size)[:, None]
-    column = tl.arange(0, size)[None, :]
-    for level in tl.static_range(4, 6):
-        if size > (1 << level):
-            apart = (row >> level) != (column >> level)
-            joined = (row >> (level + 1)) == (column >> (level + 1))
-            below = tl.where(joined & apart, system, 0.0)
-            whole -= tl.dot(whole, tl.dot(below, whole, input_precision=precision), input_precision=precision)
+    if size == 32:
+        row = tl.arange(0, size)[:, None] // 16
+        column = tl.arange(0, size)[None, :] // 16
+        below = tl.where(row > column, system, 0.0)
+        whole -= tl.dot(whole, tl.dot(below, whole, input_precision=precision), input_precision=precision)
     return whole
 
 

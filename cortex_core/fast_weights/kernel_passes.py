@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from cortex_core.fast_weights.kernel_math import decays, inverse, jit, load_rows, row_of, solve, store_rows, tl
-
-__all__ = ["carry", "gradients", "inverse", "prepare", "read"]
+from cortex_core.fast_weights.kernel_math import jit, load_rows, row_of, solve, store_rows, tl, weights
 
 
 @jit
 @no_type_check
 def prepare(
     keys, queries, columns, write, log_kept,
-    erased, kept, reach, solved, added, partial,
+    erased, kept, reach, solved, scored, added, partial,
     keys_b, keys_h, keys_t, queries_b, queries_h, queries_t, columns_b, columns_h, columns_t,
     heads, tokens, chunks,
     rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
@@ -29,35 +27,35 @@ def prepare(
 
     Forward, `columns` are the values: `added`, and, where it is read, `reach` and `partial`, so that the outputs are
     reach S + partial. Backward, `columns` are the gradients of the outputs: `added` is what they ask of the state
-    before the chunk, and the triangle's inverse is left in `solved`.
+    before the chunk; the triangle's inverse and the decayed products of queries and keys go to `solved` and `scored`.
     """
     number = tl.program_id(0) % chunks
-    stream = tl.program_id(0) // chunks
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
     place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
-    inside = place < tokens
-    w = tl.load(write + stream.to(tl.int64) * tokens + place, mask=inside, other=0.0)
-    a = tl.load(log_kept + stream.to(tl.int64) * tokens + place, mask=inside, other=0.0)
-    between, so_far, to_end, all_kept = decays(a, chunk)
+    w, between, so_far, to_end, all_kept = weights(write, log_kept, stream, place, tokens, chunk)
     k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
     solution = solve(k, w, between, chunk, precision)
     asked = (w * so_far)[:, None] * k  # what each token looks up of the state before the chunk
     left = tl.dot(tl.trans(solution), to_end[:, None] * k, input_precision=precision)
-    number = stream.to(tl.int64) * chunks + number
+    number = stream * chunks + number
     rows = tl.arange(0, rank_wide)
-    out = tl.dot(tl.trans(left), asked, input_precision=precision)
-    store_rows(erased + number * rank * rank, rows, rank, rank, rank, rank_wide, out)
+    t = tl.arange(0, chunk)
+    gone = tl.dot(tl.trans(left), asked, input_precision=precision)
+    store_rows(erased + number * rank * rank, rows, rank, rank, rank, rank_wide, gone)
     tl.store(kept + number, all_kept)
     if backward:
-        store_rows(solved + number * chunk * chunk, tl.arange(0, chunk), chunk, chunk, chunk, chunk, solution)
+        store_rows(solved + number * chunk * chunk, t, chunk, chunk, chunk, chunk, solution)
     reached = left
     scores = solution
     if reads:
         q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
         scores = between * tl.dot(q, tl.trans(k), input_precision=precision)
+        if backward:
+            store_rows(scored + number * chunk * chunk, t, chunk, chunk, chunk, chunk, scores)
         scores = tl.dot(scores, solution, input_precision=precision)
         reached = so_far[:, None] * q - tl.dot(scores, asked, input_precision=precision)
         if not backward:
-            store_rows(reach + stream.to(tl.int64) * tokens * rank, place, tokens, rank, rank, rank_wide, reached)
+            store_rows(reach + stream * tokens * rank, place, tokens, rank, rank, rank_wide, reached)
     if reads or not backward:
         origin = row_of(columns, stream, heads, columns_b, columns_h)
         for start in range(0, dim, dim_wide):
@@ -66,7 +64,7 @@ def prepare(
                 tile = w[:, None] * tile
                 if reads:
                     out = tl.dot(scores, tile, input_precision=precision)
-                    target = partial + stream.to(tl.int64) * tokens * dim + start
+                    target = partial + stream * tokens * dim + start
                     store_rows(target, place, tokens, dim, dim - start, dim_wide, out)
                 out = tl.dot(tl.trans(left), tile, input_precision=precision)
             else:
@@ -127,85 +125,110 @@ def read(
 
 @jit
 @no_type_check
+def errors(
+    keys, values, write, log_kept, solved, scored, states, d_states, d_outputs, error, asked,
+    keys_b, keys_h, keys_t, values_b, values_h, values_t,
+    heads, tokens, chunks,
+    rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
+    reads: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """What each token of a chunk wrote (`error`), and the gradient of what it was asked to write (`asked`)."""
+    number = tl.program_id(0) % chunks
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    start = tl.program_id(1) * dim_wide
+    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
+    w, _, so_far, to_end, _ = weights(write, log_kept, stream, place, tokens, chunk)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+    t = tl.arange(0, chunk)
+    rows = tl.arange(0, rank_wide)
+    square = (stream * chunks + number) * chunk * chunk
+    state = (stream * (chunks + 1) + number) * rank * dim + start
+    flat = stream * tokens * dim + start
+    solution = load_rows(solved + square, t, chunk, chunk, chunk, chunk)
+    held = load_rows(states + state, rows, rank, dim, dim - start, dim_wide)
+    held = so_far[:, None] * tl.dot(k, held, input_precision=precision)
+    wrong = row_of(values, stream, heads, values_b, values_h) + start
+    wrong = load_rows(wrong, place, tokens, values_t, dim - start, dim_wide) - held
+    wrong = tl.dot(solution, w[:, None] * wrong, input_precision=precision)
+    store_rows(error + flat, place, tokens, dim, dim - start, dim_wide, wrong)
+    d_error = load_rows(d_states + state + rank * dim, rows, rank, dim, dim - start, dim_wide)
+    d_error = to_end[:, None] * tl.dot(k, d_error, input_precision=precision)
+    if reads:
+        scores = load_rows(scored + square, t, chunk, chunk, chunk, chunk)
+        d_out = load_rows(d_outputs + flat, place, tokens, dim, dim - start, dim_wide)
+        d_error += tl.dot(tl.trans(scores), d_out, input_precision=precision)
+    d_error = tl.dot(tl.trans(solution), d_error, input_precision=precision)
+    store_rows(asked + flat, place, tokens, dim, dim - start, dim_wide, d_error)
+
+
+@jit
+@no_type_check
 def gradients(
-    keys, queries, values, write, log_kept, solved, states, d_states, d_outputs,
+    keys, queries, values, write, log_kept, scored, states, d_states, d_outputs, error, asked,
     d_keys, d_queries, d_values, d_write, d_log_kept,
     keys_b, keys_h, keys_t, queries_b, queries_h, queries_t, values_b, values_h, values_t,
     heads, tokens, chunks,
     rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
     reads: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk, from the states before it and the gradient of the state after it."""
+    """All gradients of one chunk, from what `errors` found."""
     number = tl.program_id(0) % chunks
     stream = (tl.program_id(0) // chunks).to(tl.int64)
     place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
-    inside = place < tokens
-    w = tl.load(write + stream * tokens + place, mask=inside, other=0.0)
-    between, so_far, to_end, all_kept = decays(
-        tl.load(log_kept + stream * tokens + place, mask=inside, other=0.0), chunk
-    )
-    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
-    q = k
-    if reads:
-        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
+    rows = tl.arange(0, rank_wide)
     t = tl.arange(0, chunk)
-    matrix = (stream * chunks + number) * chunk * chunk
-    solution = load_rows(solved + matrix, t, chunk, chunk, chunk, chunk)
-    scores = between * tl.dot(q, tl.trans(k), input_precision=precision)
+    w, between, so_far, to_end, all_kept = weights(write, log_kept, stream, place, tokens, chunk)
     values = row_of(values, stream, heads, values_b, values_h)
+    square = (stream * chunks + number) * chunk * chunk
     states += (stream * (chunks + 1) + number) * rank * dim
     d_states += (stream * (chunks + 1) + number + 1) * rank * dim
-    rows = tl.arange(0, rank_wide)
+    flat = stream * tokens * dim
 
     d_system = tl.zeros([chunk, chunk], tl.float32)
     d_scores = tl.zeros([chunk, chunk], tl.float32)
-    d_k = tl.zeros([chunk, rank_wide], tl.float32)
+    by_lookup = tl.zeros([chunk, rank_wide], tl.float32)  # gradient of the keys, where they look up the state before
+    by_end = tl.zeros([chunk, rank_wide], tl.float32)  # and where they are written into the state after
     d_q = tl.zeros([chunk, rank_wide], tl.float32)
     d_w = tl.zeros([chunk], tl.float32)
-    d_total = tl.zeros([chunk], tl.float32)  # by the sum of logarithms up to each token
-    d_last = 0.0  # by the sum of all
+    d_last = 0.0  # by the sum of logarithms over the chunk; `d_total`: up to each token
     for start in range(0, dim, dim_wide):
         state = load_rows(states + start, rows, rank, dim, dim - start, dim_wide)
         d_state = load_rows(d_states + start, rows, rank, dim, dim - start, dim_wide)
-        held = so_far[:, None] * tl.dot(k, state, input_precision=precision)
-        wrong = load_rows(values + start, place, tokens, values_t, dim - start, dim_wide) - held
-        error = tl.dot(solution, w[:, None] * wrong, input_precision=precision)
-        d_error = to_end[:, None] * tl.dot(k, d_state, input_precision=precision)
-        at_end = tl.sum(error * d_error, axis=1)
-        d_total -= at_end
-        d_last += tl.sum(at_end, axis=0) + all_kept * tl.sum(tl.sum(state * d_state, axis=1), axis=0)
-        d_k += tl.dot(to_end[:, None] * error, tl.trans(d_state), input_precision=precision)
+        d_last += all_kept * tl.sum(tl.sum(state * d_state, axis=1), axis=0)
+        wrote = load_rows(error + flat + start, place, tokens, dim, dim - start, dim_wide)
+        by_end += tl.dot(to_end[:, None] * wrote, tl.trans(d_state), input_precision=precision)
         if reads:
-            d_out = load_rows(
-                d_outputs + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide
-            )
-            d_error += tl.dot(tl.trans(scores), d_out, input_precision=precision)
-            d_scores += tl.dot(d_out, tl.trans(error), input_precision=precision)
+            d_out = load_rows(d_outputs + flat + start, place, tokens, dim, dim - start, dim_wide)
+            d_scores += tl.dot(d_out, tl.trans(wrote), input_precision=precision)
             d_q += tl.dot(so_far[:, None] * d_out, tl.trans(state), input_precision=precision)
-        asked = tl.dot(tl.trans(solution), d_error, input_precision=precision)
-        d_w += tl.sum(asked * wrong, axis=1)
-        d_system -= tl.dot(asked, tl.trans(error), input_precision=precision)
-        asked = w[:, None] * asked
-        target = d_values + stream * tokens * dim + start
-        store_rows(target, place, tokens, dim, dim - start, dim_wide, asked)
-        d_total -= tl.sum(asked * held, axis=1)
-        d_k -= tl.dot(so_far[:, None] * asked, tl.trans(state), input_precision=precision)
+        d_ask = load_rows(asked + flat + start, place, tokens, dim, dim - start, dim_wide)
+        d_system -= tl.dot(d_ask, tl.trans(wrote), input_precision=precision)
+        by_lookup -= tl.dot(so_far[:, None] * d_ask, tl.trans(state), input_precision=precision)
+        d_w += tl.sum(d_ask * load_rows(values + start, place, tokens, values_t, dim - start, dim_wide), axis=1)
+        store_rows(d_values + flat + start, place, tokens, dim, dim - start, dim_wide, w[:, None] * d_ask)
 
-    overlap = tl.dot(k, tl.trans(k), input_precision=precision)
-    d_overlap = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
-    through = d_overlap * overlap
-    d_w += tl.sum(through, axis=1)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+    at_end = tl.sum(by_end * k, axis=1)
+    looked_up = tl.sum(by_lookup * k, axis=1)
+    d_system = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
+    through = d_system * tl.dot(k, tl.trans(k), input_precision=precision)
+    d_w += looked_up + tl.sum(through, axis=1)
+    d_total = w * looked_up - at_end
+    d_last += tl.sum(at_end, axis=0)
     through = w[:, None] * through
-    d_overlap = w[:, None] * d_overlap
-    d_k += tl.dot(d_overlap + tl.trans(d_overlap), k, input_precision=precision)
+    d_system = w[:, None] * d_system
+    d_k = by_end + w[:, None] * by_lookup
+    d_k += tl.dot(d_system + tl.trans(d_system), k, input_precision=precision)
     if reads:
+        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
         d_total += tl.sum(d_q * q, axis=1)
-        through += d_scores * scores
+        through += d_scores * load_rows(scored + square, t, chunk, chunk, chunk, chunk)
         d_scores = d_scores * between
         d_q += tl.dot(d_scores, k, input_precision=precision)
         d_k += tl.dot(tl.trans(d_scores), q, input_precision=precision)
         store_rows(d_queries + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_q)
-    d_total += tl.sum(through, axis=1) - tl.sum(through, axis=0)
     store_rows(d_keys + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_k)
-    tl.store(d_write + stream * tokens + place, d_w, mask=inside)
-    tl.store(d_log_kept + stream * tokens + place, tl.cumsum(d_total, axis=0, reverse=True) + d_last, mask=inside)
+    d_total += tl.sum(through, axis=1) - tl.sum(through, axis=0)
+    d_total = tl.cumsum(d_total, axis=0, reverse=True) + d_last
+    tl.store(d_write + stream * tokens + place, d_w, mask=place < tokens)
+    tl.store(d_log_kept + stream * tokens + place, d_total, mask=place < tokens)
