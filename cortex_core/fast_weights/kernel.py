@@ -105,7 +105,8 @@ class _DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         keys, queries, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, queries, values))
         write, log_kept = write.contiguous(), log_kept.contiguous()
-        launch = _Launch(*keys.shape, values.shape[-1], chunk, reads, precision)
+        batch, heads, tokens, rank = keys.shape
+        launch = _Launch(batch, heads, tokens, rank, values.shape[-1], chunk, reads, precision)
         with torch.cuda.device_of(keys):
             out, states = _forward(launch, keys, queries, values, write, log_kept, initial)
         ctx.save_for_backward(keys, queries, values, write, log_kept, states)
@@ -114,7 +115,9 @@ class _DeltaRule(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         with torch.cuda.device_of(grads[1]):
             return (*_backward(ctx.launch, *ctx.saved_tensors, *grads), None, None, None)
 
@@ -126,9 +129,7 @@ def _forward(
     states[:, 0] = initial.reshape(states[:, 0].shape)
     given = (launch.streams, launch.tokens)
     reach, partial = (
-        (write.new_empty(*given, launch.rank), write.new_empty(*given, launch.dim))
-        if launch.reads
-        else (write, write)
+        (write.new_empty(*given, launch.rank), write.new_empty(*given, launch.dim)) if launch.reads else (write, write)
     )
     erased, kept = _prepare(launch, keys, queries, values, write, log_kept, states, reach, partial)
     _carry(launch, erased, kept, states, backward=False)
@@ -169,7 +170,9 @@ def _backward(
         launch.rank, launch.dim, launch.chunk, **launch.tiles,
         reads=launch.reads, precision=launch.precision, **launch.resources,
     )  # fmt: skip
-    d_keys, d_queries, d_values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, queries, values))
+    d_keys, d_queries, d_values = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, queries, values)
+    )
     d_write, d_log_kept = torch.empty_like(write), torch.empty_like(log_kept)
     passes.gradients[(launch.streams * launch.chunks,)](
         keys, queries, values, write, log_kept, scored, states, d_states, d_out, error, asked,

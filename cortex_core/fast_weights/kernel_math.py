@@ -3,11 +3,16 @@
 Importable without Triton, which torch's CUDA builds bring and its CPU builds do not; then nothing here can be called.
 """
 
-# ruff: noqa: ANN001, ANN202 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
+# ruff: noqa: ANN001, ANN201 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
 
 from __future__ import annotations
 
 from typing import Any, no_type_check
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
 
 try:
     import triton  # pyright: ignore[reportMissingImports]
@@ -16,7 +21,7 @@ try:
     jit: Any = triton.jit
 except ImportError:
     tl: Any = None
-    jit: Any = lambda function: function
+    jit: Any = _as_it_is
 
 
 # Types are not checked inside kernels: the tests' run-time checker would wrap what Triton has to read as source.
@@ -48,8 +53,11 @@ def row_of(pointer, stream, heads, batch_stride, head_stride):
 @jit
 @no_type_check
 def weights(write, log_kept, stream, place, tokens, chunk: tl.constexpr):
-    """How strongly each token of a chunk is written, and decays: `between[t, s]`, what is left at t of something written
-    at s <= t; what is left of the start at each token; at the end, of each token; at the end, of the start."""
+    """How strongly each token of a chunk is written, and decays.
+
+    `between[t, s]` is what is left at t of something written at s <= t; then what is left of the start at each token,
+    of each token at the end, and of the start at the end.
+    """
     inside = place < tokens
     w = tl.load(write + stream * tokens + place, mask=inside, other=0.0)
     logs = tl.load(log_kept + stream * tokens + place, mask=inside, other=0.0)

@@ -4,7 +4,7 @@ A stream is one head of one row of the batch. Symbols are those of README.md, "O
 two (`wide`), and rows past the end of the tokens are masked: they write nothing and decay nothing.
 """
 
-# ruff: noqa: ANN001, ANN202 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
+# ruff: noqa: ANN001, ANN201 - a kernel's arguments are Triton's own; only what is fixed at compile time is annotated.
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def carry(
     rank: tl.constexpr, dim: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
     backward: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The one loop over chunks, in place: every slot of `states` but the first (backward: the last) holds what is added.
+    """The one loop over chunks, in place.
 
+    Every slot of `states` but the first (backward: but the last) holds what is added, then the state.
     No decay and nothing erased leave the state bit for bit, at any precision of the product.
     """
     stream = tl.program_id(0).to(tl.int64)
@@ -91,7 +92,7 @@ def carry(
     states += stream * (chunks + 1) * rank * dim + start
     first = chunks if backward else 0
     state = load_rows(states + first.to(tl.int64) * rank * dim, rows, rank, dim, dim - start, dim_wide)
-    for step in range(0, chunks):
+    for step in range(chunks):
         number = chunks - 1 - step if backward else step
         chunk = stream * chunks + number
         gone = load_rows(erased + chunk * rank * rank, rows, rank, rank, rank, rank_wide)
