@@ -33,21 +33,22 @@ def delta_rule(
     chunk_size: int = 64,
     *,
     read: bool = True,
-    precision: Precision = "ieee",
+    precision: Precision | None = None,
 ) -> tuple[Float[Tensor, "batch heads tokens head_dim"] | None, Float[Tensor, "batch heads rank head_dim"]]:
     """Decay, write, read, for all tokens. Returns what each token reads (None without `read`) and the final state.
 
     Keys and queries of unit length; keys, queries and values float32 or bfloat16, outputs and gradients like them; the
     rest float32, and so is every sum and product inside. `chunk_size` changes the speed alone: it is brought to 16 or
-    32. `precision` is that of the products: "ieee" is float32, "tf32x3" three passes of the tensor cores with nearly
-    its precision.
+    32. `precision` is that of the products: "ieee" is float32; "tf32x3", three passes of the tensor cores, is nearly
+    that, and the default above rank 64, where float32 products need more registers than there are.
     """
     assert keys.shape[-1] <= MAX_RANK, keys.shape
     log_kept = ticks.float() * log_decay.float()[:, None]
     chunk = max(16, min(32, _power_of_two(chunk_size), _power_of_two(keys.shape[2])))
     out, final = _DeltaRule.apply(  # type: ignore[misc]
-        keys, queries, values, write.float(), log_kept, initial.float(), chunk, read, precision
-    )
+        keys, queries, values, write.float(), log_kept, initial.float(), chunk, read,
+        precision or ("ieee" if keys.shape[-1] <= 64 else "tf32x3"),
+    )  # fmt: skip
     return (out if read else None), final
 
 

@@ -61,11 +61,12 @@ def weights(write, log_kept, stream, place, tokens, chunk: tl.constexpr):
     inside = place < tokens
     w = tl.load(write + stream * tokens + place, mask=inside, other=0.0)
     logs = tl.load(log_kept + stream * tokens + place, mask=inside, other=0.0)
-    total = tl.cumsum(logs, axis=0)
-    last = tl.sum(logs, axis=0)
+    # Sums over the tokens in between, not differences of sums from the start: those lose digits where decay is strong.
     t = tl.arange(0, chunk)
-    exponent = tl.where(t[:, None] >= t[None, :], total[:, None] - total[None, :], float("-inf"))
-    return w, tl.exp(exponent), tl.exp(total), tl.exp(last - total), tl.exp(last)
+    since = tl.where(t[:, None] > t[None, :], logs[:, None], 0.0)
+    between = tl.where(t[:, None] >= t[None, :], tl.exp(tl.cumsum(since, axis=0)), 0.0)
+    so_far = tl.exp(tl.cumsum(logs, axis=0))
+    return w, between, so_far, tl.exp(tl.sum(since, axis=0)), tl.exp(tl.sum(logs, axis=0))
 
 
 @jit

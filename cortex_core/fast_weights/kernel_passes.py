@@ -191,7 +191,7 @@ def gradients(
     by_end = tl.zeros([chunk, rank_wide], tl.float32)  # and where they are written into the state after
     d_q = tl.zeros([chunk, rank_wide], tl.float32)
     d_w = tl.zeros([chunk], tl.float32)
-    d_last = 0.0  # by the sum of logarithms over the chunk; `d_total`: up to each token
+    d_last = 0.0  # by the sum of logarithms over the chunk
     for start in range(0, dim, dim_wide):
         state = load_rows(states + start, rows, rank, dim, dim - start, dim_wide)
         d_state = load_rows(d_states + start, rows, rank, dim, dim - start, dim_wide)
@@ -214,8 +214,7 @@ def gradients(
     d_system = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
     through = d_system * tl.dot(k, tl.trans(k), input_precision=precision)
     d_w += looked_up + tl.sum(through, axis=1)
-    d_total = w * looked_up - at_end
-    d_last += tl.sum(at_end, axis=0)
+    d_total = w * looked_up  # by the sum of logarithms up to each token
     through = w[:, None] * through
     d_system = w[:, None] * d_system
     d_k = by_end + w[:, None] * by_lookup
@@ -229,7 +228,9 @@ def gradients(
         d_k += tl.dot(tl.trans(d_scores), q, input_precision=precision)
         store_rows(d_queries + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_q)
     store_rows(d_keys + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_k)
-    d_total += tl.sum(through, axis=1) - tl.sum(through, axis=0)
-    d_total = tl.cumsum(d_total, axis=0, reverse=True) + d_last
+    # A token's decay acts on all that was written before it and is read at it or later.
+    through = tl.cumsum(through, axis=0, reverse=True) + at_end[None, :]
+    through = tl.sum(tl.where(t[:, None] > t[None, :], through, 0.0), axis=1)
+    d_log = tl.cumsum(d_total, axis=0, reverse=True) + through + d_last
     tl.store(d_write + stream * tokens + place, d_w, mask=place < tokens)
-    tl.store(d_log_kept + stream * tokens + place, d_total, mask=place < tokens)
+    tl.store(d_log_kept + stream * tokens + place, d_log, mask=place < tokens)
