@@ -37,7 +37,7 @@ needs_triton = pytest.mark.skipif(
 )
 EXACT = 1e-5  # float32 in another order
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDED = 2**-8  # one rounding to bfloat16
+ROUNDED = 2**-7  # one rounding to bfloat16: to nearest on a GPU, towards 0 in the interpreter
 
 
 class Scene(NamedTuple):
