@@ -1,4 +1,4 @@
-"""What the Triton kernels of `kernel_passes` share: tiles in and out, decays, the triangular inverse.
+"""What the Triton kernels of `kernel_passes` share: tiles in and out, decays, the triangle, the way back.
 
 Importable without Triton, which torch's CUDA builds bring and its CPU builds do not; then nothing here can be called.
 """
@@ -106,3 +106,37 @@ def solve(keys, write, between, chunk: tl.constexpr, precision: tl.constexpr):
     overlap = tl.dot(keys, tl.trans(keys), input_precision=precision)
     system = tl.where(t[:, None] > t[None, :], write[:, None] * between * overlap, 0.0)
     return inverse(system, chunk, precision)
+
+
+@jit
+@no_type_check
+def within(
+    k, q, w, between, scores, d_system, d_scores, by_lookup, by_end, d_q, d_w, d_last,
+    chunk: tl.constexpr, reads: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's keys, queries, writes and logarithms of decays, from those of its two triangles.
+
+    `by_lookup` is the keys' gradient where they look up the state before, by the write left out; `by_end` where they are
+    written into the state after; `d_q` and `d_w` come without the triangles' share.
+    """
+    t = tl.arange(0, chunk)
+    at_end = tl.sum(by_end * k, axis=1)
+    looked_up = tl.sum(by_lookup * k, axis=1)
+    d_system = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
+    through = d_system * tl.dot(k, tl.trans(k), input_precision=precision)
+    d_w += looked_up + tl.sum(through, axis=1)
+    d_total = w * looked_up  # by the sum of logarithms up to each token
+    through = w[:, None] * through
+    d_system = w[:, None] * d_system
+    d_k = by_end + w[:, None] * by_lookup
+    d_k += tl.dot(d_system + tl.trans(d_system), k, input_precision=precision)
+    if reads:
+        d_total += tl.sum(d_q * q, axis=1)
+        through += d_scores * scores
+        d_scores = d_scores * between
+        d_q += tl.dot(d_scores, k, input_precision=precision)
+        d_k += tl.dot(tl.trans(d_scores), q, input_precision=precision)
+    # A token's decay acts on all that was written before it and is read at it or later.
+    through = tl.cumsum(through, axis=0, reverse=True) + at_end[None, :]
+    through = tl.sum(tl.where(t[:, None] > t[None, :], through, 0.0), axis=1)
+    return d_k, d_q, d_w, tl.cumsum(d_total, axis=0, reverse=True) + through + d_last

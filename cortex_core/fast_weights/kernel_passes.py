@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from cortex_core.fast_weights.kernel_math import jit, load_rows, row_of, solve, store_rows, tl, weights
+from cortex_core.fast_weights.kernel_math import jit, load_rows, row_of, solve, store_rows, tl, weights, within
 
 
 @jit
@@ -209,28 +209,16 @@ def gradients(
         store_rows(d_values + flat + start, place, tokens, dim, dim - start, dim_wide, w[:, None] * d_ask)
 
     k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
-    at_end = tl.sum(by_end * k, axis=1)
-    looked_up = tl.sum(by_lookup * k, axis=1)
-    d_system = tl.where(t[:, None] > t[None, :], d_system * between, 0.0)
-    through = d_system * tl.dot(k, tl.trans(k), input_precision=precision)
-    d_w += looked_up + tl.sum(through, axis=1)
-    d_total = w * looked_up  # by the sum of logarithms up to each token
-    through = w[:, None] * through
-    d_system = w[:, None] * d_system
-    d_k = by_end + w[:, None] * by_lookup
-    d_k += tl.dot(d_system + tl.trans(d_system), k, input_precision=precision)
+    q = k
+    scores = between
     if reads:
         q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
-        d_total += tl.sum(d_q * q, axis=1)
-        through += d_scores * load_rows(scored + square, t, chunk, chunk, chunk, chunk)
-        d_scores = d_scores * between
-        d_q += tl.dot(d_scores, k, input_precision=precision)
-        d_k += tl.dot(tl.trans(d_scores), q, input_precision=precision)
+        scores = load_rows(scored + square, t, chunk, chunk, chunk, chunk)
+    d_k, d_q, d_w, d_log = within(
+        k, q, w, between, scores, d_system, d_scores, by_lookup, by_end, d_q, d_w, d_last, chunk, reads, precision
+    )
+    if reads:
         store_rows(d_queries + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_q)
     store_rows(d_keys + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_k)
-    # A token's decay acts on all that was written before it and is read at it or later.
-    through = tl.cumsum(through, axis=0, reverse=True) + at_end[None, :]
-    through = tl.sum(tl.where(t[:, None] > t[None, :], through, 0.0), axis=1)
-    d_log = tl.cumsum(d_total, axis=0, reverse=True) + through + d_last
     tl.store(d_write + stream * tokens + place, d_w, mask=place < tokens)
     tl.store(d_log_kept + stream * tokens + place, d_log, mask=place < tokens)

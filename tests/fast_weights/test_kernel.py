@@ -250,7 +250,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("needs_surprise", [True, False])
 def test_scan_runs_it(monkeypatch: pytest.MonkeyPatch, needs_surprise: bool) -> None:
     """Segment by segment with surprise, all at once without; the same as the plain form, gradients included."""
-    inputs = {part: x.requires_grad_() for part, x in streams("delta", 2 * SEGMENT + 7).items()}
+    inputs = {part: x.requires_grad_() for part, x in streams("delta", SEGMENT + 7).items()}
     rule, moved = RULES["delta"], {part: x.to(DEVICE) for part, x in inputs.items()}
     rule = rule._replace(log_decay=rule.log_decay.to(DEVICE))
     found = []
