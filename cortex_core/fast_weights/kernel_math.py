@@ -116,7 +116,7 @@ def within(
 ):  # fmt: skip
     """Gradients of a chunk's keys, queries, writes and logarithms of decays, from those of its two triangles.
 
-    `by_lookup` is the keys' gradient where they look up the state before, by the write left out; `by_end` where they are
+    `by_lookup` is the keys' gradient where they look up the state before, less the write; `by_end` where they are
     written into the state after; `d_q` and `d_w` come without the triangles' share.
     """
     t = tl.arange(0, chunk)
