@@ -2,7 +2,7 @@
 
 Derivation: README.md beside this file. Equal to `rules.step_by_step` in outputs, gradients and final state. Tokens are
 never looped over; chunks are in `linear_recurrence` alone, segments only where the gate asks for surprise, which is
-measured against the state at the start of the segment.
+measured against the state at the start of the segment. On a GPU the delta rule runs in `kernel` instead.
 """
 
 from __future__ import annotations
@@ -105,6 +105,13 @@ def _segment(
     if not torch.is_grad_enabled() and dose.idle is None and not dose.ticks.any():
         # Nothing is written: the state stands and a read is one product. Filler costs next to nothing.
         return rule.project(queries, state) @ state.up if read else None, state
+    if not rule.hebbian and _kernel_runs(keys):
+        from cortex_core.fast_weights.kernel import delta_rule
+
+        out, up = delta_rule(
+            keys, queries, values, dose.write, dose.ticks, rule.log_decay, state.up, chunk_size, read=read
+        )
+        return out, FastWeights(up)
     tokens = keys.shape[2]
     chunks = math.ceil(tokens / chunk_size)
     size = math.ceil(tokens / chunks)  # as even as possible: 65 tokens are 33 + 32, not 64 + 1
@@ -112,6 +119,14 @@ def _segment(
     tiles = Tiles(*(None if x is None else _tiled(x, chunks, size) for x in given))  # type: ignore[arg-type]
     out, final = (_hebbian if rule.hebbian else _delta)(rule, tiles, state, read)
     return None if out is None else out.flatten(2, 3)[:, :, :tokens], final
+
+
+def _kernel_runs(keys: Tensor) -> bool:
+    if not keys.is_cuda:
+        return False
+    from cortex_core.fast_weights.kernel import usable  # not above: it imports Triton, which takes a while
+
+    return usable(keys.device, keys.shape[-1])
 
 
 def _tiled(x: Tensor, chunks: int, size: int) -> Tensor:
