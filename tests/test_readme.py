@@ -33,10 +33,11 @@ def test_the_python_runs_and_prints_what_it_says(
 ) -> None:
     shutil.copy(README, tmp_path)
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("python")
-    promised = re.findall(r'^print\(.*#\s+"(.*)"$', block, flags=re.MULTILINE)
+    code, names = "\n".join(blocks("python")), {}
+    promised = re.findall(r'^print\(.*#\s+"(.*)"$', code, flags=re.MULTILINE)
     assert promised
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(code, str(README), "exec"), names)
+    assert not names["session"].writes(), "what was told last was forgotten"
     assert capsys.readouterr().out.splitlines() == promised
     assert (tmp_path / "chat.safetensors").stat().st_size < 40_000
 

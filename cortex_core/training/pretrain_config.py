@@ -90,7 +90,7 @@ class PretrainConfig(Settings):
     """Name on the model card."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the weights and of every row."""
-    steps: PositiveInt = 4200
+    steps: PositiveInt = 2800
     """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Rows per step."""

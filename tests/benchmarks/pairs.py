@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -36,6 +37,19 @@ def median(values: Sequence[float]) -> Median:
         k += 1
     k = max(k, 1)
     return Median(statistics.median(ordered), ordered[k - 1], ordered[n - k], n)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _seconds(way: Callable[[], object]) -> float:

@@ -60,6 +60,16 @@ MEASUREMENTS = (
     Measurement(sharding.sharding_of_a_deep_model, sharding.DEEP_ROWS, "sharding", needs_run=False),
     _one(speed.pipeline_throughput_ratio, "speed"),
     _one(speed.chunk_vs_oracle_speedup, "speed", needs_run=False),
+    Measurement(
+        speed.chunk_vs_transformers_speedup,
+        ("chunk_vs_transformers_speedup", "chunk_vs_transformers_speedup_forward"),
+        "speed",
+        needs_run=False,
+    ),
+    _one(speed.decode_after_long_text_ratio, "speed"),
+    Measurement(
+        speed.backward_bytes, ("backward_bytes_growth", "backward_bytes_oracle_over_chunk"), "speed", needs_run=False
+    ),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
 OPT_IN = "wallclock"

@@ -15,7 +15,7 @@ from cortex_core.fast_weights import chunk
 from cortex_core.fast_weights.rules import Dose, Rule, step_by_step
 from cortex_core.fast_weights.state import FastWeights
 
-BATCH, HEADS, TOKENS, HEAD_DIM, RANK = 2, 4, 1024, 64, 16
+BATCH, HEADS, TOKENS, HEAD_DIM, RANK = 1, 4, 4096, 64, 16
 CHUNK_SIZE, SEGMENT = FastWeightsConfig().chunk_size, BackboneConfig().segment_tokens
 RULE = Rule(torch.full((HEADS,), math.log(0.98)))
 
@@ -46,18 +46,65 @@ class Opening:
         return Dose(opened, opened)
 
 
-def oracle(inputs: dict[str, Tensor], *, needs_surprise: bool = True) -> None:
-    """Token by token, forward and backward."""
+def oracle_forward(inputs: dict[str, Tensor], *, needs_surprise: bool = False) -> Tensor:
+    """Token by token; a number that depends on all outputs and the final state."""
     keys, queries, values, gate, up = inputs.values()
     start = FastWeights(up)
     out, state = step_by_step(RULE, keys, queries, values, Opening(gate, needs_surprise), start, start)
-    torch.autograd.grad(out.square().mean() + state.up.square().mean(), [*inputs.values()])
+    return out.square().mean() + state.up.square().mean()
 
 
-def scan(inputs: dict[str, Tensor], chunk_size: int = CHUNK_SIZE, *, needs_surprise: bool = True) -> None:
-    """Chunk by chunk, forward and backward."""
+def scan_forward(inputs: dict[str, Tensor], chunk_size: int = CHUNK_SIZE, *, needs_surprise: bool = False) -> Tensor:
+    """Chunk by chunk; the same number."""
     keys, queries, values, gate, up = inputs.values()
     opening = Opening(gate, needs_surprise)
     result = chunk.scan(RULE, keys, queries, values, opening, FastWeights(up), SEGMENT, chunk_size)
     assert result.outputs is not None
-    torch.autograd.grad(result.outputs.square().mean() + result.final.up.square().mean(), [*inputs.values()])
+    return result.outputs.square().mean() + result.final.up.square().mean()
+
+
+def oracle(inputs: dict[str, Tensor], *, needs_surprise: bool = True) -> None:
+    """Token by token, forward and backward."""
+    torch.autograd.grad(oracle_forward(inputs, needs_surprise=needs_surprise), [*inputs.values()])
+
+
+def scan(
+    inputs: dict[str, Tensor], chunk_size: int = CHUNK_SIZE, *, needs_surprise: bool = True, gradients: bool = True
+) -> None:
+    """Chunk by chunk, forward and backward."""
+    loss = scan_forward(inputs, chunk_size, needs_surprise=needs_surprise)
+    if gradients:
+        torch.autograd.grad(loss, [*inputs.values()])
+
+
+def transformers_scan(inputs: dict[str, Tensor], *, gradients: bool = True) -> Tensor:
+    """The same without surprise, by transformers' own chunked form; the same number but for the scale of queries."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    keys, queries, values, gate, up = inputs.values()
+    write = Opening(gate, needs_surprise=False)(None, slice(None)).write
+    streams = (x.transpose(1, 2) for x in (queries * RANK**0.5, keys, values, write * RULE.log_decay[:, None], write))
+    out, state = torch_chunk_gated_delta_rule(*streams, initial_state=up, output_final_state=True)
+    assert state is not None
+    loss = out.square().mean() + state.square().mean()
+    if gradients:
+        torch.autograd.grad(loss, [*inputs.values()])
+    return loss
+
+
+def saved_bytes(run: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> int:
+    """Storage of what autograd keeps for the backward pass of `run`, each once, inputs apart."""
+    given = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        loss = run(inputs)
+    total = sum(sizes.values())
+    del loss
+    return total
