@@ -17,7 +17,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, recall, safety, sharding, wallclock
+from tests.benchmarks.rows import cost, far, recall, safety, sharding, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -120,7 +120,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_group_is_measured() -> None:
-    assert chosen([], MEASUREMENTS) == set(ALL) - set(wallclock.ROWS)
+    assert chosen([], MEASUREMENTS) == set(ALL) - set(wallclock.ROWS) - set(far.ROWS)
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
         *wallclock.ROWS, "recall_min", "chunk_vs_oracle_speedup",
     }  # fmt: skip

@@ -69,7 +69,7 @@ def _recall(
         read_to = stops
         on_progress(sum(map(len, pieces)))
         questions = [(e.tokens[e.first_query :], e.answer[e.first_query :]) for e in longest]
-        with_memory = _ask(model, session.fork(), questions)
+        with_memory = ask(model, session.fork(), questions)
         texts = [
             np.concatenate([e.tokens[max(0, stop - model.segment_tokens) : stop], tokens])
             for e, stop, (tokens, _) in zip(longest, stops, questions, strict=True)
@@ -92,7 +92,7 @@ def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Te
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def _ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
+def ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
     ids, mask = padded([tokens for tokens, _ in questions], model.backbone.device)
     predicted = model(input_ids=ids, attention_mask=mask, session=session).logits.argmax(-1).cpu().numpy()
     return [_right(predicted[row], tokens, answer) for row, (tokens, answer) in enumerate(questions)]

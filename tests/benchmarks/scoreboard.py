@@ -25,7 +25,7 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import associative_recall, cost, overhead, recall, safety, sharding, speed, wallclock
+from tests.benchmarks.rows import associative_recall, cost, far, overhead, recall, safety, sharding, speed, wallclock
 from tests.benchmarks.rows.demo import Demo
 
 Measure = Callable[[Demo, Set[str]], Iterator[Row]]
@@ -70,10 +70,11 @@ MEASUREMENTS = (
     Measurement(
         speed.backward_bytes, ("backward_bytes_growth", "backward_bytes_oracle_over_chunk"), "speed", needs_run=False
     ),
+    Measurement(far.a_million_tokens, far.ROWS, "million"),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = "wallclock"
-"""The group that is measured only when it is named: it takes the better part of an hour."""
+OPT_IN = ("wallclock", "million")
+"""Groups that are measured only when they are named: they take the better part of an hour, or more."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,7 +140,7 @@ def chosen(texts: Sequence[str], measurements: Sequence[Measurement]) -> set[str
                 f"{name}: no such row" + (f", did you mean {close}" if close else "") + "? --list names all"
             )
         found |= groups.get(name, {name})
-    return found if names else set().union(*(names for group, names in groups.items() if group != OPT_IN))
+    return found if names else set().union(*(names for group, names in groups.items() if group not in OPT_IN))
 
 
 def measured(demo: Demo, wanted: Set[str], measurements: Sequence[Measurement]) -> Iterator[Row | None]:
@@ -169,7 +170,7 @@ def listing(measurements: Sequence[Measurement]) -> str:
     for measurement in measurements:
         if measurement.group != group:
             group = measurement.group
-            lines.append(f"{group}" + (" (only when named)" if group == OPT_IN else ""))
+            lines.append(f"{group}" + (" (only when named)" if group in OPT_IN else ""))
         doc = (measurement.measure.__doc__ or "").strip().splitlines()[0]
         names = textwrap.wrap(" ".join(measurement.names), 100, break_on_hyphens=False)
         lines += [f"  {doc}", *(f"    {line}" for line in names)]
@@ -194,7 +195,7 @@ def document(rows: Sequence[Row], demo: Demo) -> dict[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="scoreboard", description=(__doc__ or "").split("\n\n")[1], allow_abbrev=False)
     parser.add_argument(
-        "rows", nargs="*", metavar="ROW,ROW", help="rows or groups; without any, all but the wallclock group"
+        "rows", nargs="*", metavar="ROW,ROW", help="rows or groups; without any, all but " + " and ".join(OPT_IN)
     )
     parser.add_argument("--list", action="store_true", help="name every row and how it is measured")
     parser.add_argument("--run", default="runs/demo", metavar="FOLDER", help="a finished run [runs/demo]")
