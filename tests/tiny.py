@@ -12,6 +12,8 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +21,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which would say that it found no GPU
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from cortex_core.backbone.create import create_model, train_tokenizer
@@ -208,3 +212,20 @@ def run_config(out_dir: Path, **overrides: object) -> RunConfig:
     }  # fmt: skip
     changed = {name.replace("__", "."): value for name, value in overrides.items()}
     return load_config(overrides=settings | changed)
+
+
+@contextmanager
+def interrupted_in(step: int) -> Iterator[None]:
+    """Ctrl-C in the middle of an optimizer step: when the weights have changed, and the average has not."""
+    numbers = itertools.count(1)
+
+    def after_update(*_: object) -> None:
+        if next(numbers) == step:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_post_hook(after_update)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()

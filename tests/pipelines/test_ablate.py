@@ -71,23 +71,6 @@ def stamps(of: Plan) -> dict[str, int]:
 
 
 @contextmanager
-def interrupted_in(step: int) -> Iterator[None]:
-    """Ctrl-C in the optimizer step of this number, counted over all variants."""
-    numbers = itertools.count(1)
-
-    def after_update(*_: object) -> None:
-        if next(numbers) == step:
-            raise KeyboardInterrupt
-
-    handle = register_optimizer_step_post_hook(after_update)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def counted_steps(counts: list[int]) -> Iterator[None]:
     """Appends the number of optimizer steps that were taken in the block."""
     before = itertools.count()
@@ -254,7 +237,7 @@ def test_what_has_finished_is_not_repeated_and_more_may_be_asked_for(
 
 def test_it_goes_on_where_it_was_interrupted(fresh: Path, finished: Plan) -> None:
     of, counts = planned(fresh), list[int]()
-    with interrupted_in(STEPS + 4):
+    with tiny.interrupted_in(STEPS + 4):
         ablate.run(of)
     (parent,), children = in_mlflow(of)
     assert parent.info.status == children["fast_off"].info.status == "KILLED"

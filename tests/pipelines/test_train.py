@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -26,7 +25,6 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
@@ -71,23 +69,6 @@ def logged_once(config: RunConfig, steps: int = STEPS) -> None:
     assert run.info.status == "FINISHED" and run.info.run_id == state(config)["mlflow_run_id"]
     for metric in ("loss", "accuracy", "throughput/tokens_per_s", "gradient_norm"):
         assert steps_of(config, run, metric) == list(range(1, steps + 1)), metric
-
-
-@contextmanager
-def interrupted_in(step: int) -> Iterator[None]:
-    """Ctrl-C in the middle of an optimizer step: when the weights have changed, and the average has not."""
-    numbers = itertools.count(1)
-
-    def after_update(*args: object) -> None:
-        if next(numbers) == step:
-            raise KeyboardInterrupt
-
-    handle = register_optimizer_step_post_hook(after_update)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +155,7 @@ def test_what_is_said_on_the_way(fresh: RunConfig, capsys: pytest.CaptureFixture
 def test_an_interrupted_run_is_resumed_and_is_the_same_run(
     finished: RunConfig, fresh: RunConfig, capsys: pytest.CaptureFixture[str], step: int, since: str
 ) -> None:
-    with interrupted_in(step):
+    with tiny.interrupted_in(step):
         train.run(fresh)
     (run,) = in_mlflow(fresh)
     assert state(fresh) == {"attempt": 0, "state": "KILLED", "mlflow_run_id": run.info.run_id}
@@ -190,7 +171,7 @@ def test_an_interrupted_run_is_resumed_and_is_the_same_run(
 
 def test_a_run_can_be_interrupted_more_than_once(finished: RunConfig, fresh: RunConfig) -> None:
     for step in (3, 2, 1):  # counted from where each part begins: in step 3, in step 4, in step 5
-        with interrupted_in(step):
+        with tiny.interrupted_in(step):
             train.run(fresh)
     assert train.run(fresh) == 0
     assert tiny.same(sidecars(fresh), sidecars(finished))
@@ -198,7 +179,7 @@ def test_a_run_can_be_interrupted_more_than_once(finished: RunConfig, fresh: Run
 
 
 def test_an_interrupted_run_is_not_resumed_with_other_settings(fresh: RunConfig) -> None:
-    with interrupted_in(3):
+    with tiny.interrupted_in(3):
         train.run(fresh)
     with pytest.raises(ConfigError, match=r"training\.steps differs from the unfinished run"):
         train.run(fresh.model_copy(update={"training": fresh.training.model_copy(update={"steps": 9})}))
@@ -407,7 +388,7 @@ def test_a_run_begun_without_ray_goes_on_with_it(two: RunConfig, reference: dict
         two.run_dir.parent,
         **TWO | {"cluster__num_workers": 0, "sharding__stage": 0, "cluster__storage_path": two.cluster.storage_path},
     )
-    with interrupted_in(6):
+    with tiny.interrupted_in(6):
         train.run(alone)
     (run,) = in_mlflow(alone)
     before = steps_of(alone, run)
