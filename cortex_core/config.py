@@ -233,8 +233,12 @@ class TrainingConfig(Settings):
     segments are whole and their number is drawn from 2 to `max_segments`."""
     prune_frac: Fraction = 0.6
     """Share of training after which the memory is cut down to `fast_weights.rank_budget`, if there is one."""
+    read_strength: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Share of its reading with which a memory must answer in training: the rest is a margin for words it never saw."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
+    calibration_windows: Annotated[int, Field(ge=0)] = 64
+    """Windows on which new addresses are fitted to the backbone before the first step; 0 leaves them random."""
     in_window_batch_size: Annotated[int, Field(ge=0)] = 4
     """In-window sequences per optimizer step, over all workers, held to the bare model by KL; 0 turns them off."""
     kl_weight: NonNegative = 1.0

@@ -24,6 +24,7 @@ from cortex_core.tasks.mixture import Mixture, check_tasks
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training import checkpoint
 from cortex_core.training.batches import BatchSource
+from cortex_core.training.calibrate import calibrate
 from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import ReadingLoss
 from pipelines.config import SIDECARS_FOLDER, RunConfig
@@ -51,13 +52,16 @@ def train(config: RunConfig, edge: Edge) -> None:
     edge.report({"phase": 0.0}, None)
     vocabulary, corpus = _words(config)
     model, shards = build(config)
+    batches = _batches(config, vocabulary, corpus)
+    calibrate(model, batches.calibration_ids())
+    shards.release()
     objective = replicate(ReadingLoss(model, config.training))
     learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
     backbone = fingerprint(model.backbone, shards.gathered)
     with edge.resume_from() as folder:
         if folder is not None:
             checkpoint.load(folder, learner)
-    _train_steps(config, edge, learner, _batches(config, vocabulary, corpus), backbone)
+    _train_steps(config, edge, learner, batches, backbone)
     with learner.averaged():
         document = _suite(config, edge, vocabulary, corpus).run(model)
     document["backbone_parameters"] = shards.total_numel

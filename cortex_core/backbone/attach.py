@@ -92,10 +92,10 @@ def chosen_layers(config: FastWeightsConfig, num_layers: int) -> tuple[int, ...]
 
 
 def first_layers(model: PreTrainedModel, last: nn.Module) -> nn.Module:
-    """The model's decoder, cut off after the layer that contains `last`: all that reading into memory needs.
+    """The model's decoder, cut off after the attention of the layer that contains `last`: reading needs no more.
 
-    A view: it shares every submodule (and hook) with the decoder and owns nothing. The full decoder itself where the
-    layers are not kept in one ModuleList.
+    A view: it shares every submodule (and hook) with the decoder and owns nothing; its output means nothing. The full
+    decoder itself where the layers are not kept in one ModuleList.
     """
     decoder = model.get_decoder()
     for name, child in decoder.named_children():
@@ -104,9 +104,18 @@ def first_layers(model: PreTrainedModel, last: nn.Module) -> nn.Module:
                 if any(module is last for module in layer.modules()):
                     view = copy.copy(decoder)
                     view._modules = dict(decoder._modules)
-                    view._modules[name] = child[: index + 1]
+                    view._modules[name] = nn.ModuleList([*child[:index], _without_mlp(layer)])
                     return view
     return decoder
+
+
+def _without_mlp(layer: nn.Module) -> nn.Module:
+    """A view of `layer` whose MLP passes its input on; the layer itself where nothing in it is called `mlp`."""
+    if not isinstance(layer._modules.get("mlp"), nn.Module):
+        return layer
+    view = copy.copy(layer)
+    view._modules = dict(layer._modules) | {"mlp": nn.Identity()}
+    return view
 
 
 def window_of(backbone: PreTrainedModel) -> int:

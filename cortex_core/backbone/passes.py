@@ -30,6 +30,8 @@ class MemoryPass:
     """Whether the last memory layer's read is needed; False when only the state is."""
     log: bool = False
     """Whether the readings say what was written."""
+    read_strength: float = 1.0
+    """Share of what the memory reads that is added to the attention output."""
     final: States = field(default_factory=dict)
     snapshots: States = field(default_factory=dict)
     readings: dict[int, Reading] = field(default_factory=dict)
@@ -49,7 +51,8 @@ class MemoryPass:
         self.final[layer] = reading.final_state
         if reading.added is None:
             return attended
-        return attended + self.layout.to_flat(reading.added.transpose(1, 2)).to(attended.dtype)
+        added = self.layout.to_flat(self.read_strength * reading.added.transpose(1, 2))
+        return attended + added.to(attended.dtype)
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
         wanted = self.read_last or layer != max(number for number, _ in self.sidecars.values())

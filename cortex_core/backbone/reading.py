@@ -32,6 +32,7 @@ def read_segments(
     predict: bool | Bool[Tensor, "batch segments width"],
     snapshot_segment: Int[Tensor, " batch"] | None = None,
     log: bool = False,
+    read_strength: float = 1.0,
 ) -> tuple[Tensor | None, MemoryPass]:
     """One backbone call over all segments of all rows.
 
@@ -41,7 +42,9 @@ def read_segments(
     batch, segments, width = input_ids.shape
     flat = input_ids.reshape(batch * segments, width)
     nowhere = predict is False
-    memory = model.listen(layout, states, snapshot_segment=snapshot_segment, read_last=not nowhere, log=log)
+    memory = model.listen(
+        layout, states, snapshot_segment=snapshot_segment, read_last=not nowhere, log=log, read_strength=read_strength
+    )
     mask = None if bool(layout.valid.all()) else layout.valid.long()
     with attention_pass(memory):
         if nowhere:

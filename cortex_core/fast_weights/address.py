@@ -34,6 +34,24 @@ class Addresses(nn.Module):
         keys = self._unit(content, self.key_taps, place)
         return keys, self._unit(content, self.query_taps, place) if read else keys
 
+    @torch.no_grad()
+    def whiten(self, hidden: Float[Tensor, "tokens hidden"]) -> None:
+        """Make the map treat all directions of such inputs alike; before training, or what was learned is bent.
+
+        What a layer is given has a large part that all tokens share, and a few directions that outweigh the rest. A
+        random map keeps both, and every address is close to every other. The inverse square root of the second moment
+        takes them out (Kessy et al. 2018, "Optimal Whitening and Decorrelation", ZCA, without centring: no bias is
+        needed). Shrunk towards the identity by the share of directions to tokens, so that few tokens do little.
+        """
+        tokens, size = hidden.shape
+        wide = hidden.double()
+        moment = wide.T @ wide / max(tokens, 1)
+        shrink = size / (size + tokens)
+        even = moment.diagonal().mean() * torch.eye(size, dtype=wide.dtype, device=wide.device)
+        values, vectors = torch.linalg.eigh((1 - shrink) * moment + shrink * even)
+        root = (vectors * values.clamp_min(1e-12).rsqrt()) @ vectors.T
+        self.content.copy_((root @ self.content.double()).to(self.content.dtype))
+
     def _unit(self, content: Tensor, taps: Tensor, place: Tensor) -> Tensor:
         batch, tokens, _ = content.shape
         mixed = content * taps[0]

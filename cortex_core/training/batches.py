@@ -50,6 +50,14 @@ class BatchSource:
         long = self.training.batch_size * segments * width
         return long + 2 * self.training.in_window_batch_size * self.segment_tokens
 
+    def calibration_ids(self) -> torch.Tensor:
+        """What new addresses are fitted on, int64 [windows, segment_tokens]: such as in-window batches hold."""
+        rows = range(self.training.calibration_windows)
+        if not rows:
+            return torch.zeros(0, self.segment_tokens, dtype=torch.long)
+        tokens, _ = self.in_window.in_window_batch(rows, self.segment_tokens, num_queries=self.tasks.num_queries)
+        return torch.from_numpy(tokens)
+
     def micro_batches(self, step: int, rank: int, world_size: int) -> Iterator[Batch]:
         """This worker's share of the step's global batch, in `accumulation_steps` parts."""
         parts = self.training.accumulation_steps

@@ -81,7 +81,10 @@ class ReadingLoss(nn.Module):
                 states = _detached(states)
             ids = batch.input_ids[:, start:stop]
             wanted = before.view(batch.answer.shape)[:, start:stop] if stop == total else False
-            logits, memory = read_segments(self.model, ids, Layout.plain(ids, start * width), states, predict=wanted)
+            logits, memory = read_segments(
+                self.model, ids, Layout.plain(ids, start * width), states, predict=wanted,
+                read_strength=self.config.read_strength,
+            )  # fmt: skip
             states = memory.final
             passes.append(memory)
         assert logits is not None

@@ -81,3 +81,31 @@ def test_earlier_looks_back_within_the_segment(tap: int) -> None:
     x = torch.arange(1.0, 13.0)[None, :, None]
     found = earlier(x, tap, places(12, 4)[:1])[0, :, 0].tolist()
     assert found == [at + 1.0 - tap if at % 4 >= tap else 0.0 for at in range(12)]
+
+
+def alike(of: Addresses, inputs: Tensor) -> float:
+    """Root mean square of the cosine between the addresses of different inputs."""
+    _, queries = of(inputs[None], places(len(inputs), len(inputs))[:1], read=True)
+    cosines = queries @ queries.transpose(-1, -2)
+    return float(cosines[:, :, ~torch.eye(len(inputs), dtype=torch.bool)].square().mean().sqrt())
+
+
+@torch.no_grad()
+def test_whitened_addresses_tell_inputs_apart_that_are_much_alike() -> None:
+    torch.manual_seed(1)
+    scales = torch.logspace(0, -1.5, HIDDEN)  # few directions hold most of it
+    inputs = torch.randn(2000, HIDDEN) * scales + 2.0 * torch.randn(HIDDEN)  # and all share a large part
+    addresses = Addresses(HIDDEN, HEADS, RANK, TAPS)
+    assert alike(addresses, inputs[:300]) > 0.9
+    addresses.whiten(inputs[300:])
+    assert alike(addresses, inputs[:300]) == pytest.approx((1 / RANK + 1 / HIDDEN) ** 0.5, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", [torch.zeros(5, HIDDEN), torch.ones(1, HIDDEN), torch.full((3, HIDDEN), 1e4)])
+def test_whitening_on_what_says_nothing_leaves_usable_addresses(inputs: Tensor) -> None:
+    torch.manual_seed(1)
+    addresses = Addresses(HIDDEN, HEADS, RANK, TAPS)
+    addresses.whiten(inputs)
+    assert addresses.content.isfinite().all()
+    assert alike(addresses, torch.randn(300, HIDDEN)) < 0.5

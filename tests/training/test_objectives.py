@@ -44,9 +44,11 @@ def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, see
     return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, ids(windows, SEGMENT), asked)
 
 
-def plain_reading(model: Cortex, ids: Tensor) -> tuple[Tensor, MemoryPass]:
+def plain_reading(model: Cortex, ids: Tensor, strength: float = 1.0) -> tuple[Tensor, MemoryPass]:
     """Logits of every token, all segments through the whole backbone in one call."""
-    logits, memory = read_segments(model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True)
+    logits, memory = read_segments(
+        model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True, read_strength=strength
+    )
     assert logits is not None
     return logits, memory
 
@@ -82,7 +84,7 @@ def mean_of_rows(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
 
 def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
     """The objective as one would write it down."""
-    logits, memory = plain_reading(model, batch.input_ids)
+    logits, memory = plain_reading(model, batch.input_ids, config.read_strength)
     answers = mean_of_rows(logits, batch.input_ids.flatten(1), batch.answer.flatten(1))
     gates = torch.cat([reading.activation.flatten() for reading in memory.readings.values()])
     limit = model.fast_weights.dead_zone - config.sparsity_margin
@@ -122,9 +124,9 @@ def test_metrics_are_those_of_a_plain_reading() -> None:
     ids, positions = batch.input_ids.flatten(1), batch.answer.flatten(1).nonzero().tolist()
     with torch.no_grad():
         row, at = positions[-1]  # the last one is made right, so that accuracy is not 0
-        ids[row, at] = plain_reading(model, batch.input_ids)[0][row, at - 1].argmax()
+        ids[row, at] = plain_reading(model, batch.input_ids, config.read_strength)[0][row, at - 1].argmax()
         _, metrics = ReadingLoss(model, config)(batch)
-        logits, memory = plain_reading(model, batch.input_ids)
+        logits, memory = plain_reading(model, batch.input_ids, config.read_strength)
     right = [int(logits[row, at - 1].argmax()) == int(ids[row, at]) for row, at in positions]
     assert 0 < sum(right) < len(right)
     assert float(metrics["accuracy"]) == pytest.approx(sum(right) / len(right))
@@ -198,7 +200,7 @@ def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant(
         _, memory = plain_reading(model, old)
     start = {n: FastWeights(s.up) for n, s in memory.final.items()}
     layout = Layout.plain(new, old[0].numel())
-    logits, _ = read_segments(model, new, layout, start, predict=True)
+    logits, _ = read_segments(model, new, layout, start, predict=True, read_strength=config.read_strength)
     assert logits is not None
     expected = mean_of_rows(logits, new.flatten(1), batch.answer[:, SEGMENTS - 3 :].flatten(1))
     assert worst(gradients(expected, model), truncated) < 1e-4
@@ -245,6 +247,20 @@ def test_a_batch_without_windows_has_no_kl() -> None:
     batch = without_windows(random_batch(windows=WINDOWS))
     _, metrics = ReadingLoss(tiny.model(open_gates=True), tiny.training())(batch)
     assert "loss/in_window_kl_nats" not in metrics
+
+
+def test_answers_come_from_a_share_of_the_reading_and_windows_from_all_of_it() -> None:
+    """As if the output gates were so much smaller, for the answers alone."""
+    batch = random_batch(windows=WINDOWS)
+    _, whole = ReadingLoss(tiny.model(open_gates=True), tiny.training(read_strength=1.0))(batch)
+    _, share = ReadingLoss(tiny.model(open_gates=True), tiny.training(read_strength=0.25))(batch)
+    smaller = tiny.model(open_gates=True)
+    for sidecar in smaller.sidecars.values():
+        sidecar.output_gate.data *= 0.25
+    _, expected = ReadingLoss(smaller, tiny.training(read_strength=1.0))(batch)
+    assert share["loss/answer_nats"].item() == pytest.approx(expected["loss/answer_nats"].item(), rel=1e-5)
+    assert abs(share["loss/answer_nats"] - whole["loss/answer_nats"]) > 1e-3
+    assert share["loss/in_window_kl_nats"].item() == pytest.approx(whole["loss/in_window_kl_nats"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
