@@ -11,8 +11,10 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # a test that needs the network is a test that fails on the next machine
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # by default Ray's workers wait until nothing else wants the core, other tests included
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    "DS_ACCELERATOR": "cpu",  # transformers imports deepspeed, which would say that it found no GPU
 }.items():
     os.environ.setdefault(name, value)
 # A shell that starts this in the background has Ctrl-C ignored, here and in every process that a test interrupts.
@@ -22,6 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # What is first imported below a module under the hook is compiled anew, torch and all: in `make test`, that comes
+    # before. One file has to be quick to run, and may need none of it.
+    import beartype  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
 
 # Only the packages of tensors: beartype would also wrap pydantic classes, which check themselves.
 install_import_hook(
@@ -33,8 +41,11 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one."""
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one, and say what `make test` runs side by side."""
+    if config.getoption("dist", "no") == "loadgroup" or os.environ.get("PYTEST_XDIST_WORKER"):
+        share_out(items)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch
@@ -42,3 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def share_out(items: list[pytest.Item]) -> None:
+    """Slow tests start processes of their own and Ray clusters: one process has them all, one after the other, and begins
+    with them, because they take longest. Of the others, a file stays together, for its fixtures."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        group = "slow" if item.get_closest_marker("slow") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
