@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 # Before torch or ray are imported, and inherited by every process that a test starts.
 for name, value in {
@@ -41,11 +42,24 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one, and say what `make test` runs side by side."""
-    if config.getoption("dist", "no") == "loadgroup" or os.environ.get("PYTEST_XDIST_WORKER"):
-        share_out(items)
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist reads the groups, and after
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Skip what is marked `gpu` on a machine without one. In `make test`, which has two processes: a group runs in one of
+    them, one test after the other. All slow tests are a group, because they start Ray clusters and processes of their own,
+    and the first, because they take longest. Of the others, a file stays together, for its fixtures."""
+    in_make_test = "PYTEST_XDIST_WORKER" in os.environ
+    if in_make_test:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        for item in items:
+            group = "slow" if item.get_closest_marker("slow") else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(group))
+    skip_without_gpu(items)
+    yield
+    if in_make_test and not all(item.nodeid.endswith("@slow") for item in items if item.get_closest_marker("slow")):
+        raise pytest.UsageError("pytest-xdist does not group the slow tests: run with --dist loadgroup, or -n 0")
+
+
+def skip_without_gpu(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch
@@ -53,12 +67,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def share_out(items: list[pytest.Item]) -> None:
-    """Slow tests start processes of their own and Ray clusters: one process has them all, one after the other, and begins
-    with them, because they take longest. Of the others, a file stays together, for its fixtures."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        group = "slow" if item.get_closest_marker("slow") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
