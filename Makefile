@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One thread per process: the tests and the demo start several processes, which would fight over the cores.
 export OMP_NUM_THREADS ?= 1
+# They also import the same sources again and again: compiled once, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ablate test lint fmt bench scoreboard ui constraints clean
@@ -36,8 +38,10 @@ demo: $(STAMP) ## Train and evaluate a small memory with two workers, into runs/
 ablate: $(STAMP) ## Take parts of the demo's memory away, one at a time, and compare: ARGS='--variants no_gate,source_rule'
 	$(BIN)/cortex ablate $(RECIPE) out_dir=$(RUNS) $(ARGS)
 
+# In two processes: the slow tests one after the other in one of them, the others file by file (tests/conftest.py). If one
+# of the two dies, the run ends. In one process: ARGS='-n 0'.
 test: $(STAMP) ## All tests, also the slow ones that start real Ray clusters (without them: ARGS='-m "not slow"')
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 lint: $(STAMP) ## Formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

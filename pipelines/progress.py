@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from rich.progress import Progress as Bar
 
 from cortex_core.errors import USER_ERRORS
 from pipelines.actors import ask, on_head, send
+from pipelines.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -26,24 +26,6 @@ if TYPE_CHECKING:
 PHASES = ("loading the backbone", "training", "evaluating", "collecting results")
 """What the number `phase` of a worker's report means."""
 PLAIN_EVERY_S, STILL_EVERY_S, POLL_S, ABORT_TIMEOUT_S = 10.0, 60.0, 0.5, 20.0
-
-
-class Mailbox:
-    """Reports on their way from Ray Train's controller to the driver. The newest win if nobody takes them."""
-
-    def __init__(self, size: int = 1000) -> None:
-        self._items: deque[tuple[int, dict[str, Any]]] = deque(maxlen=size)
-        self._posted = 0
-
-    def post(self, item: dict[str, Any]) -> None:
-        """Leave a report."""
-        self._posted += 1
-        self._items.append((self._posted, item))
-
-    def after(self, seen: int) -> list[tuple[int, dict[str, Any]]]:
-        """All reports numbered above `seen`, oldest first, with their numbers, which start at 1. Asking again after an
-        answer that came too late loses nothing."""
-        return [(number, item) for number, item in self._items if number > seen]
 
 
 class ProgressCallback(UserCallback):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -198,8 +199,9 @@ def _quiet_deepspeed() -> Any:
     # Each gather of torch 2.13 goes through a function that it deprecates.
     deprecated = r".*(all_gather_into_tensor|reduce_scatter_tensor)"
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
+    with _absent("mlflow"):
+        import deepspeed
+        import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Compiled on first use (35 s) for a collective of inference kernels that is never called here.
@@ -210,6 +212,20 @@ def _quiet_deepspeed() -> Any:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Meanwhile the package cannot be imported: DeepSpeed takes MLflow in for its tuner if it finds it, which no worker
+    needs and which takes as long as the rest of DeepSpeed."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 @contextmanager

@@ -116,9 +116,10 @@ def test_what_needs_no_model_imports_none(arguments: list[str], code: int) -> No
     assert not sorted(modules & HEAVY)
 
 
-def test_configuration_imports_no_tensors() -> None:
-    modules = run_python("import pipelines.config, pipelines.preflight, sys; print(*sys.modules)").split()
-    assert not {module.partition(".")[0] for module in modules} & HEAVY
+@pytest.mark.parametrize("modules", ["pipelines.config, pipelines.preflight", "pipelines.mailbox"])
+def test_configuration_and_mailbox_import_no_tensors(modules: str) -> None:
+    imported = run_python(f"import {modules}, sys; print(*sys.modules)").split()
+    assert not {module.partition(".")[0] for module in imported} & HEAVY
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

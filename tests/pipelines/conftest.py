@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ClusterConfig
-
-# Read when deepspeed is imported, which transformers does: without it, a line about the missing GPU is printed.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # Every warning is an error here. These are what our dependencies warn of among themselves.
 THEIRS = (

@@ -167,6 +167,7 @@ def single(folder: str) -> dict[str, Any]:
         "equal": equal, "dtype": str(whole.dtype), "buffers": sorted({str(b.dtype) for b in sharded.buffers()}),
         "resident": shards.resident_numel() / shards.total_numel, "same": replicate(sharded) is sharded,
         "refusal": refusal, "missing": missing, "after": all(p.numel() for p in after.parameters()),
+        "mlflow": "mlflow" in sys.modules,
     }  # fmt: skip
 
 

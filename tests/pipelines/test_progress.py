@@ -23,7 +23,8 @@ from rich.console import Console
 from pipelines import cluster, progress
 from pipelines.actors import ask, on_head, send
 from pipelines.config import ClusterConfig
-from pipelines.progress import Mailbox, Progress, ProgressCallback, run_to_end
+from pipelines.mailbox import Mailbox
+from pipelines.progress import Progress, ProgressCallback, run_to_end
 
 ROOT = Path(__file__).parents[2]
 

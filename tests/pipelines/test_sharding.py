@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from cortex_core.config import BackboneConfig
-from pipelines.sharding import load_backbone, replicate
+from pipelines.sharding import _absent, load_backbone, replicate
 
 ROOT, SCENES = Path(__file__).parents[2], Path(__file__).with_name("sharding_scenes.py")
 PLANS, MODES = ("f", "vf", "nf", "fff", "vvnf", "fnf"), ("plain", "checkpointing", "accumulation")
@@ -119,6 +120,18 @@ def test_a_lone_process_can_shard(tiny: str, tmp_path: Path) -> None:
     assert got["resident"] == 1.0 and got["same"] and got["after"]
     assert "backbone.dtype = float16" in got["refusal"] and "bfloat16" in got["refusal"]
     assert "-missing: cannot be loaded" in got["missing"]
+    assert not got["mlflow"], "DeepSpeed took it in, which takes seconds"
+
+
+def test_a_package_is_absent_within_the_block_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with _absent("only_here"), pytest.raises(ImportError):
+        importlib.import_module("only_here")
+    found = importlib.import_module("only_here")
+    with _absent("only_here"):  # what is there already stays
+        assert importlib.import_module("only_here") is found
+    del sys.modules["only_here"]
 
 
 def test_stage_0_needs_no_process_group(tiny: str) -> None:

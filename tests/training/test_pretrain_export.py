@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cortex_core.config import ASSETS, DataConfig, TaskName
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.vocabulary import TaskVocabulary
+from cortex_core.training import pretrain_scores
 from cortex_core.training.pretrain import Pretraining
 from cortex_core.training.pretrain_config import PretrainConfig
 from cortex_core.training.pretrain_export import card, export, measure
@@ -97,7 +98,10 @@ def test_shipped_model_is_what_its_card_and_the_recipe_say(shipped: Path) -> Non
     assert all(row["n"] >= 1000 for row in scores["tasks"])
 
 
-def test_shipped_model_recalls_words_that_it_was_not_trained_on(shipped: Path) -> None:
+def test_shipped_model_recalls_words_that_it_was_not_trained_on(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        pretrain_scores, "SCORED", ("key_value",)
+    )  # each task has examples of its own, whatever the others
     model, tokenizer = AutoModelForCausalLM.from_pretrained(shipped), AutoTokenizer.from_pretrained(shipped)
     vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
     scores = json.loads((shipped / "scores.json").read_text())
@@ -105,5 +109,5 @@ def test_shipped_model_recalls_words_that_it_was_not_trained_on(shipped: Path) -
     corpus = load_corpus(DataConfig(max_bytes=400_000, held_out_frac=0.2), tokenizer)
     rows = score_tasks(model, vocabulary, corpus, window_tokens=256, num_examples=50)
     recall = [row["accuracy"] for row in rows if row["task"] == "key_value"]
-    assert min(recall) >= 0.9
+    assert len(recall) == 4 and min(recall) >= 0.9
     assert tokenizer.model_max_length > 10**6, "no warning about texts beyond one window"
