@@ -233,7 +233,7 @@ class TrainingConfig(Settings):
     segments are whole and their number is drawn from 2 to `max_segments`."""
     prune_frac: Fraction = 0.6
     """Share of training after which the memory is cut down to `fast_weights.rank_budget`, if there is one."""
-    read_strength: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    read_strength: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of its reading with which a memory must answer in training: the rest is a margin for words it never saw."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
@@ -243,7 +243,7 @@ class TrainingConfig(Settings):
     """In-window sequences per optimizer step, over all workers, held to the bare model by KL; 0 turns them off."""
     kl_weight: NonNegative = 1.0
     """Weight of KL(bare model || model with memory), in nats per token, on the in-window sequences."""
-    sparsity_weight: NonNegative = 5.0
+    sparsity_weight: NonNegative = 10.0
     """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
     sparsity_margin: NonNegative = 0.4
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""

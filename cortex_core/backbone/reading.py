@@ -70,7 +70,8 @@ def advance(
     segments = max(1, -(-rows.input_ids.shape[1] // width))
     padded = rows.to_width(segments * width if segments > 1 else max(1, rows.input_ids.shape[1]))
     silent = silent_tokens(model, session, padded)
-    first_kept = int((rows.lengths - keep)[keep > 0].min()) if bool((keep > 0).any()) else rows.input_ids.shape[1]
+    place = torch.arange(padded.input_ids.shape[1], device=keep.device)
+    asked = (place >= (rows.lengths - keep)[:, None]) & (place < rows.lengths[:, None])
     block = max(1, BLOCK_TOKENS // (session.batch_size * width))
     states, boundary, log = session.states, session.states, session.log
     kept, last_pass = [], None
@@ -79,12 +80,12 @@ def advance(
         count = min(block, segments - first)
         if log is not None:  # a block ends where something expires
             count = min(count, log.until_expiry(padded, session.start_tokens, width, first) - first)
-        predict = (first + count) * width > first_kept
-        logits, last_pass = _read_block(model, padded, silent, session, states, first, count, closed, predict=predict)
+        wanted = asked[:, first * width : (first + count) * width]
+        logits, last_pass = _read_block(model, padded, silent, session, states, first, count, closed, wanted)
         states = last_pass.final
         boundary = {n: FastWeights.where(closed >= first, last_pass.snapshots[n], boundary[n]) for n in boundary}
         if logits is not None:
-            kept.append((first * width, logits))
+            kept.append((wanted, logits))
         if log is not None:
             log, states = _logged(model, log, last_pass, padded, session, first, count, closed)
         first += count
@@ -94,10 +95,10 @@ def advance(
     session.open_rows = rows.after(closed * width)
     session.start_tokens = session.start_tokens + closed * width
     assert last_pass is not None
-    return _kept_logits(kept, rows.lengths, keep, model), metrics_of(last_pass)
+    return _kept_logits(kept, keep, model), metrics_of(last_pass)
 
 
-def _read_block(model, padded, silent, session, states, first, count, closed, *, predict):  # noqa: ANN001, ANN202
+def _read_block(model, padded, silent, session, states, first, count, closed, wanted):  # noqa: ANN001, ANN202
     width = min(model.segment_tokens, padded.input_ids.shape[1])
     now = slice(first * width, (first + count) * width)
     flat = (session.batch_size * count, width)
@@ -109,6 +110,7 @@ def _read_block(model, padded, silent, session, states, first, count, closed, *,
         None if silent is None else silent[:, now].reshape(flat),
     )
     ids, log = padded.input_ids[:, now].view(session.batch_size, count, width), session.log is not None
+    predict = wanted.reshape(ids.shape) if bool(wanted.any()) else False
     return read_segments(model, ids, layout, states, predict=predict, snapshot_segment=closed - first, log=log)
 
 
@@ -128,19 +130,22 @@ def _logged(model, log, memory, padded, session, first, count, closed):  # noqa:
     return log.fitted(model.sidecars_by_layer), states
 
 
-def _kept_logits(kept: list[tuple[int, Tensor]], lengths: Tensor, keep: Tensor, model: Cortex) -> Tensor:
+def _kept_logits(kept: list[tuple[Tensor, Tensor]], keep: Tensor, model: Cortex) -> Tensor:
+    """Logits [batch, kept, vocab] from those of each block at the positions of its mask [batch, block]."""
     widest = int(keep.max())
     if not kept or widest == 0:
         vocab = model.backbone.config.get_text_config().vocab_size
-        return torch.zeros(len(keep), widest, vocab, device=lengths.device)
-    start = kept[0][0]
-    logits = kept[0][1] if len(kept) == 1 else torch.cat([block for _, block in kept], dim=1)
-    if (lengths == lengths[0]).all() and (keep == widest).all():
-        end = int(lengths[0]) - start
-        return logits[:, end - widest : end]
-    position = (lengths - keep - start)[:, None] + torch.arange(widest, device=lengths.device)
-    position = position.clamp(0, logits.shape[1] - 1)
-    return logits.gather(1, position[..., None].expand(-1, -1, logits.shape[-1]))
+        return torch.zeros(len(keep), widest, vocab, device=keep.device)
+    if all((wanted == wanted[0]).all() for wanted, _ in kept):  # nothing to put back; logits are large
+        rows = [logits.view(len(keep), -1, logits.shape[-1]) for _, logits in kept]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    out = kept[0][1].new_zeros(len(keep), widest, kept[0][1].shape[-1])
+    found = torch.zeros_like(keep)
+    for wanted, logits in kept:
+        row = wanted.nonzero()[:, 0]
+        out[row, (found[:, None] + wanted.cumsum(1) - 1)[wanted]] = logits
+        found = found + wanted.sum(1)
+    return out
 
 
 def metrics_of(memory: MemoryPass) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cortex_core.backbone.attention import only_at
 from cortex_core.backbone.model import Cortex
 from cortex_core.tasks.layout import TextTask
 
@@ -101,11 +102,15 @@ def ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
 def _bare(model: Cortex, texts: list[np.ndarray], questions) -> list[bool]:  # noqa: ANN001
     windows = [text[-model.segment_tokens :] for text in texts]
     ids, mask = padded(windows, model.backbone.device)
-    with model.memory(False):
-        predicted = model(input_ids=ids, attention_mask=mask).logits.argmax(-1).cpu().numpy()
+    asked = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (window, (tokens, _)) in enumerate(zip(windows, questions, strict=True)):
+        asked[row, len(window) - len(tokens) : len(window)] = True
+    with model.memory(False), only_at(asked.to(ids.device)):
+        predicted = model(input_ids=ids, attention_mask=mask).logits[0].argmax(-1).cpu().numpy()
+    ends = np.cumsum([len(tokens) for tokens, _ in questions])
     return [
-        _right(predicted[row, len(window) - len(tokens) : len(window)], tokens, answer)
-        for row, (window, (tokens, answer)) in enumerate(zip(windows, questions, strict=True))
+        _right(predicted[end - len(tokens) : end], tokens, answer)
+        for end, (tokens, answer) in zip(ends, questions, strict=True)
     ]
 
 
