@@ -17,7 +17,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, recall, safety, sharding, wallclock
+from tests.benchmarks.rows import cost, far, recall, safety, seeds, sharding, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -120,7 +120,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_group_is_measured() -> None:
-    assert chosen([], MEASUREMENTS) == set(ALL) - set(wallclock.ROWS) - set(far.ROWS)
+    assert chosen([], MEASUREMENTS) == set(ALL) - set(wallclock.ROWS) - set(far.ROWS) - set(seeds.ROWS)
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
         *wallclock.ROWS, "recall_min", "chunk_vs_oracle_speedup",
     }  # fmt: skip
@@ -285,3 +285,32 @@ def test_rows_from_two_ranks(demo: Demo) -> None:
     rows = {found.name: found for found in sharding.sharding_of_the_demo(demo, set())}
     assert tuple(rows) == sharding.DEMO_ROWS
     assert {name for name, found in rows.items() if not found.met} <= {"frozen_parameters_per_rank_peak_backward"}
+
+
+# --- five seeds ------------------------------------------------------------------------------------------------------
+
+
+def evaluation(right: dict[tuple[str, int], int], n: int = 100) -> dict[str, Any]:
+    """An evaluation.json in which every cell is answered but for those named; and rows that must not count."""
+    rows = [
+        {"task": "key_value", "filler": f, "gap_tokens": g, "memory": m, "accuracy": right.get((f, g), n) / n, "n": n}
+        for f in ("text", "random")
+        for g in (0, *seeds.GAPS)
+        for m in ("on", "off")
+    ]
+    for row in rows:
+        if row["memory"] == "off" or row["gap_tokens"] == 0:
+            row["accuracy"] = 0.0
+    return {"rows": [*rows, rows[0] | {"task": "n_back", "memory": "on", "gap_tokens": 256, "accuracy": 0.0}]}
+
+
+def test_seeds_are_added_up_cell_by_cell_and_compared_as_wholes() -> None:
+    runs = [seeds.hits(evaluation({("text", 512): 100 - 2 * seed})) for seed in range(5)]
+    found = {row.name: row for row in seeds.rows_of(runs)}
+    assert tuple(found) == seeds.ROWS
+    expected = wilson(480, 500)
+    assert (found["seeds_recall_text_512"].value, found["seeds_recall_text_512"].n) == (0.96, 500)
+    assert found["seeds_recall_text_512"].low == pytest.approx(expected.low)
+    assert found[seeds.MIN_ROW].value == 0.96 and not found[seeds.MIN_ROW].met
+    assert found["seeds_recall_random_512"].value == 1.0 and found["seeds_recall_random_512"].met
+    assert found[seeds.SPREAD_ROW].value == pytest.approx(100 * 8 / 1800) and found[seeds.SPREAD_ROW].n == 5

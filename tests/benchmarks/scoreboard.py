@@ -25,7 +25,18 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import associative_recall, cost, far, overhead, recall, safety, sharding, speed, wallclock
+from tests.benchmarks.rows import (
+    associative_recall,
+    cost,
+    far,
+    overhead,
+    recall,
+    safety,
+    seeds,
+    sharding,
+    speed,
+    wallclock,
+)
 from tests.benchmarks.rows.demo import Demo
 
 Measure = Callable[[Demo, Set[str]], Iterator[Row]]
@@ -71,9 +82,10 @@ MEASUREMENTS = (
         speed.backward_bytes, ("backward_bytes_growth", "backward_bytes_oracle_over_chunk"), "speed", needs_run=False
     ),
     Measurement(far.a_million_tokens, far.ROWS, "million"),
+    Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million")
+OPT_IN = ("wallclock", "million", "seeds")
 """Groups that are measured only when they are named: they take the better part of an hour, or more."""
 
 
