@@ -21,6 +21,8 @@ TaskName = Literal[
     "needle_multi_key", "needle_multi_value", "needle_multi_query", "variable_tracking", "world_qa1", "world_qa2",
     "world_qa3", "world_qa4", "world_qa5",
 ]  # fmt: skip
+SourceName = Literal[TaskName, "corpus"]
+"""What a mixture is made of: tasks, and plain text."""
 FillerName = Literal["text", "random"]
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -184,8 +186,9 @@ class DataConfig(Settings):
 class TasksConfig(Settings):
     """What the memory is trained on and asked about."""
 
-    names: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("key_value",)
-    """Tasks in the training mixture, drawn with equal probability."""
+    names: Annotated[tuple[SourceName, ...], Field(min_length=1)] = ("key_value",)
+    """Tasks in the training mixture, drawn with equal probability; `corpus` is plain text, every token of which is to
+    be predicted from the segments before."""
     fillers: Annotated[tuple[FillerName, ...], Field(min_length=1)] = ("text", "random")
     """What stands in the gap: real text, random tokens, or either."""
     num_pairs: Annotated[int, Field(ge=1, le=64)] = 6

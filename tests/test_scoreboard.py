@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -17,7 +18,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, recall, safety, seeds, sharding, wallclock
+from tests.benchmarks.rows import cost, far, recall, safety, seeds, sharding, text, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -120,7 +121,8 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_group_is_measured() -> None:
-    assert chosen([], MEASUREMENTS) == set(ALL) - set(wallclock.ROWS) - set(far.ROWS) - set(seeds.ROWS)
+    opt_in = {*wallclock.ROWS, *far.ROWS, *seeds.ROWS, "long_files_bits_saved_percent"}
+    assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
         *wallclock.ROWS, "recall_min", "chunk_vs_oracle_speedup",
     }  # fmt: skip
@@ -193,10 +195,10 @@ def test_what_fails_in_a_fresh_process_is_said() -> None:
 def test_peak_memory_is_that_of_the_whole_tree(tmp_path: Path) -> None:
     held = "import time; held = b'x' * 200_000_000; time.sleep(2)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
-    seconds, peak_gb = wallclock._timed([sys.executable, "-c", code], tmp_path)
+    seconds, peak_gb = wallclock._timed([sys.executable, "-c", code], tmp_path, watched=True)
     assert seconds >= 2 and 0.2 < peak_gb < 0.4
     with pytest.raises(RuntimeError, match=r"failed in a fresh clone \(exit 1\):(.|\n)*no such target"):
-        wallclock._timed([sys.executable, "-c", "raise SystemExit('no such target')"], tmp_path)
+        wallclock._timed([sys.executable, "-c", "raise SystemExit('no such target')"], tmp_path, watched=False)
 
 
 # --- rows on a real run ----------------------------------------------------------------------------------------------
@@ -314,3 +316,25 @@ def test_seeds_are_added_up_cell_by_cell_and_compared_as_wholes() -> None:
     assert found[seeds.MIN_ROW].value == 0.96 and not found[seeds.MIN_ROW].met
     assert found["seeds_recall_random_512"].value == 1.0 and found["seeds_recall_random_512"].met
     assert found[seeds.SPREAD_ROW].value == pytest.approx(100 * 8 / 1800) and found[seeds.SPREAD_ROW].n == 5
+
+
+# --- long files ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_a_ratio_of_sums_with_its_interval() -> None:
+    value, low, high = text.saved_percent([90.0, 180.0, 270.0], [100.0, 200.0, 300.0])
+    assert (value, low, high) == pytest.approx((10.0, 10.0, 10.0))
+    value, low, high = text.saved_percent([95.0, 170.0, 270.0], [100.0, 200.0, 300.0])
+    assert value == pytest.approx(100 * 65 / 600) and low < value < high
+    assert value - low == pytest.approx(high - value)
+
+
+def test_long_files_are_read_whole_and_short_ones_are_left_out(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = [*demo.corpus.held_out_starts.tolist(), len(demo.corpus.held_out)]
+    lengths = sorted(end - start for start, end in itertools.pairwise(starts))
+    width = demo.model.segment_tokens
+    for windows in (lengths[0] // width, lengths[-1] // width - 1):
+        monkeypatch.setattr(text, "MIN_WINDOWS", windows)
+        (found,) = text.long_files_bits_saved_percent(demo, set())
+        assert found.n == sum(length > windows * width for length in lengths) > 1
+        assert found.low is not None and found.high is not None and found.low < found.value < found.high

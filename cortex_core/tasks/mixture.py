@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from cortex_core.config import BackboneConfig, EvaluationConfig, TaskName, TasksConfig, TrainingConfig
+from cortex_core.config import BackboneConfig, EvaluationConfig, SourceName, TaskName, TasksConfig, TrainingConfig
 from cortex_core.errors import ConfigError
 from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
@@ -25,8 +25,6 @@ from cortex_core.tasks.variable_tracking import VariableTracking
 from cortex_core.tasks.vocabulary import Split, TaskVocabulary
 from cortex_core.tasks.world_tasks import WorldQA1, WorldQA2, WorldQA3, WorldQA4, WorldQA5
 
-SourceName = TaskName | Literal["corpus"]
-"""What a mixture is made of: tasks, and plain text."""
 _DRAW = 3  # keeps the draw of a task apart from the draws inside it
 
 
@@ -96,12 +94,11 @@ class Mixture:
     ) -> Mixture:
         """Every task with every filler; tasks are equally likely, and so are the fillers of one task.
 
-        `names` may hold "corpus" besides tasks: a user cannot ask for plain text, in-window batches hold some.
+        `names` may hold "corpus" besides tasks: plain text, which in-window batches always hold some of.
         """
-        names: Sequence[SourceName] = config.names
         tasks: list[TextTask] = []
         weights: list[float] = []
-        for name in names:
+        for name in config.names:
             fillers = ("text",) if name == "corpus" else config.fillers
             for filler in fillers:
                 tasks.append(
@@ -116,7 +113,7 @@ class Mixture:
                         any_token_frac=config.any_token_frac,
                     )
                 )
-                weights.append(1 / len(names) / len(fillers))
+                weights.append(1 / len(config.names) / len(fillers))
         return cls(tuple(tasks), tuple(weights), split, seed)
 
     def task(self, index: int) -> TextTask:

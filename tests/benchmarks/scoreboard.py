@@ -35,6 +35,7 @@ from tests.benchmarks.rows import (
     seeds,
     sharding,
     speed,
+    text,
     wallclock,
 )
 from tests.benchmarks.rows.demo import Demo
@@ -82,11 +83,12 @@ MEASUREMENTS = (
         speed.backward_bytes, ("backward_bytes_growth", "backward_bytes_oracle_over_chunk"), "speed", needs_run=False
     ),
     Measurement(far.a_million_tokens, far.ROWS, "million"),
+    _one(text.long_files_bits_saved_percent, "text"),
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds")
-"""Groups that are measured only when they are named: they take the better part of an hour, or more."""
+OPT_IN = ("wallclock", "million", "seeds", "text")
+"""Groups that are measured only when they are named: they take the better part of an hour, or need another run."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -126,7 +126,7 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
          "(default [0.9, 0.98])"),
         ("optimizer.betas=0.9,2", "optimizer.betas[1] = 2: must be at most 1 (default [0.9, 0.98])"),
         ("tasks.names=", "tasks.names = []: must not be empty (default [\"key_value\"])"),
-        ("tasks.names=corpus", f'tasks.names[0] = "corpus": expected one of {TASKS} (default ["key_value"])'),
+        ("tasks.names=txet", f'tasks.names[0] = "txet": expected one of {TASKS}, "corpus" (default ["key_value"])'),
         ("evaluation.tasks=key_value,corpus",
          f'evaluation.tasks[1] = "corpus": expected one of {TASKS} (default ["key_value"])'),
         ("tasks.fillers=txt",
@@ -237,7 +237,7 @@ def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"):
         load_config("dmeo")
-    with pytest.raises(DataError, match=r"that ships: demo$"):
+    with pytest.raises(DataError, match=r"that ships: demo, text$"):
         load_config("nothing-like-it")
     with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
         load_config(tmp_path)

@@ -61,11 +61,14 @@ def test_any_share_of_a_batch_is_the_same_rows(mixture: Mixture) -> None:
 
 def test_text_asks_nothing_and_opens_no_document(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
     task = build_task("corpus", "text", vocabulary, corpus)
-    for example in (task.example(0, 50), task.in_window_example(0, 50), task.spanning_example(0, 50)):
+    spanning = task.spanning_example(0, 50, segment_tokens=20)
+    for example in (task.example(0, 50), task.in_window_example(0, 50), spanning):
         assert example.tokens.shape == (50,)
-        assert not example.answer.any()
+        assert example is spanning or not example.answer.any()
         assert set(example.tokens) <= set(corpus.train.tolist())
         assert np.array_equal(example.tokens, corpus.excerpt((0, 0, 0, 7), 50, "train"))
+    # Each is predicted from a token of the second segment or a later one: the first segment is read, and no more.
+    assert np.flatnonzero(spanning.answer).tolist() == list(range(21, 50))
 
 
 def test_held_out_words_never_occur_in_a_training_task(vocabulary: TaskVocabulary, corpus: Corpus) -> None:
@@ -82,10 +85,10 @@ def test_held_out_words_never_occur_in_a_training_task(vocabulary: TaskVocabular
         assert held_out & asked
 
 
-@pytest.mark.parametrize(("settings", "key"), [(TasksConfig, "names"), (EvaluationConfig, "tasks")])
-def test_plain_text_is_no_task_that_a_user_can_ask_for(settings: type, key: str) -> None:
+def test_plain_text_can_be_trained_on_and_asks_no_question_to_evaluate() -> None:
+    assert TasksConfig(names=("key_value", "corpus")).names == ("key_value", "corpus")
     with pytest.raises(ValidationError, match=r"'key_value', 'copy_reverse', .*'world_qa4' or 'world_qa5' "):
-        settings.model_validate({key: ("key_value", "corpus")})
+        EvaluationConfig.model_validate({"tasks": ("key_value", "corpus")})
 
 
 def configured(**values: object) -> RunConfig:
