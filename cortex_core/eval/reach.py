@@ -94,6 +94,7 @@ def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Te
 
 
 def ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
+    """Whether each row's question (tokens [T], answer mask [T]) is answered exactly right; advances the session."""
     ids, mask = padded([tokens for tokens, _ in questions], model.backbone.device)
     predicted = model(input_ids=ids, attention_mask=mask, session=session).logits.argmax(-1).cpu().numpy()
     return [_right(predicted[row], tokens, answer) for row, (tokens, answer) in enumerate(questions)]

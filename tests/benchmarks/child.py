@@ -87,6 +87,17 @@ def _environments(ranks: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
+def reset_peak() -> None:
+    """From here on, `peak_bytes` counts anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """This process's peak resident memory since `reset_peak`, or since it started."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 if __name__ == "__main__":
     wanted, given, out = sys.argv[1:]
     module, _, function = wanted.partition(":")

@@ -59,12 +59,11 @@ def peak_of_evaluation(run: str, gap_tokens: int) -> int:
 
     demo = Demo(Path(run))
     model, tasks = demo.model, [demo.task(filler) for filler in FILLERS]
-    Path("/proc/self/clear_refs").write_text("5")
+    child.reset_peak()
     for task in tasks:
         for _ in recall(model, task, [gap_tokens], range(demo.config.evaluation.batch_size)):
             pass
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return child.peak_bytes()
 
 
 def memory_overhead_ratio(demo: Demo, wanted: Set[str]) -> Iterator[Row]:

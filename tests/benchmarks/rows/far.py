@@ -62,20 +62,15 @@ def read_far(run: str, filler: str, near: int, far: int, rows: int = ROWS_READ) 
     with torch.no_grad():
         read(session, told)
         read(session.fork(), gap(0))  # what the first call allocates once and for all
-        Path("/proc/self/clear_refs").write_text("5")
+        child.reset_peak()
         for number in range(near // READ_TOKENS):
             read(session, gap(number))
-        at_near, peak_near = session.fork(), _peak_bytes()
+        at_near, peak_near = session.fork(), child.peak_bytes()
         for number in range(near // READ_TOKENS, far // READ_TOKENS):
             read(session, gap(number))
-        peak_far, more = _peak_bytes(), gap(0)
+        peak_far, more = child.peak_bytes(), gap(0)
         right = ask(
             model, session.fork(), [(e.tokens[s:], e.answer[s:]) for e, s in zip(examples, starts, strict=True)]
         )
         ratios = pairs.ratios(lambda: read(session.fork(), more), lambda: read(at_near.fork(), more), pairs=PAIRS)
     return {"right": right, "peak_near": peak_near, "peak_far": peak_far, "time_ratios": ratios}
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
