@@ -223,7 +223,8 @@ def test_ctrl_c_stops_the_workers_and_the_run_can_be_resumed(tmp_path: Path, ray
     finally:
         driver.kill()
     assert driver.returncode == 130, said
-    assert said.splitlines()[:2] == ["starting the cluster", "training"] and said.splitlines()[-1] == "interrupted"
+    lines = [line for line in said.splitlines() if not line.endswith(" so far")]  # on a slow machine
+    assert lines[:2] == ["starting the cluster", "training"] and lines[-1] == "interrupted"
     assert psutil.wait_procs(children, timeout=15)[1] == []
     noted = json.loads((tmp_path / "run" / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
     last = max(int((tmp_path / "run" / each["checkpoint_dir_name"] / "step").read_text()) for each in noted)
