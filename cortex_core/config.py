@@ -238,6 +238,9 @@ class TrainingConfig(Settings):
     """Share of training after which the memory is cut down to `fast_weights.rank_budget`, if there is one."""
     read_strength: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of its reading with which a memory must answer in training: the rest is a margin for words it never saw."""
+    write_noise: Annotated[float, Field(ge=0.0, le=0.1)] = 0.004
+    """Share of tokens that training writes whatever the gate says: in a long text some will be written by mistake, and
+    what was learned must survive it."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
     calibration_windows: Annotated[int, Field(ge=0)] = 64

@@ -74,6 +74,7 @@ class MemoryPass:
             place=self._place(hidden),
             segment_tokens=hidden.shape[1],
             silent=None if layout.silent is None else layout.to_sequences(layout.silent),
+            forced=None if layout.forced is None else layout.to_sequences(layout.forced),
         )
 
     def _place(self, hidden: Tensor) -> Tensor:

@@ -128,6 +128,8 @@ class Layout(NamedTuple):
     reward: Float[Tensor, "flat width"]
     silent: Bool[Tensor, "flat width"] | None = None
     """True where nothing must be written; None is nowhere."""
+    forced: Bool[Tensor, "flat width"] | None = None
+    """True where is written at full strength, whatever the gate says; None is nowhere."""
 
     @classmethod
     def plain(cls, input_ids: Int[Tensor, "batch segments width"], start: int) -> Layout:

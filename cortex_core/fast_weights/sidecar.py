@@ -38,6 +38,8 @@ class LayerTokens(NamedTuple):
     """`hidden` of the few tokens before these, where a call goes on within a segment; zeros before its start."""
     silent: Bool[Tensor, "batch tokens"] | None = None
     """Tokens that must not be written, whatever the gate says; None is no token."""
+    forced: Bool[Tensor, "batch tokens"] | None = None
+    """Tokens that are written at full strength, whatever the gate says; None is no token."""
 
 
 class LayerShape(NamedTuple):
@@ -184,7 +186,10 @@ class _Gate:
             self.surprises.append(surprise)
         self._modulated.append(gate)
         opened = hard_gate(gate, config.dead_zone, config.saturation) if config.gate == "hard" else gate
-        opened = opened * scale * valid
+        opened = opened * scale
+        if self.tokens.forced is not None:
+            opened = opened.masked_fill(self.tokens.forced[:, None, now], 1.0)
+        opened = opened * valid
         if self.tokens.silent is not None:
             opened = opened * ~self.tokens.silent[:, None, now]
         ticks = opened if config.decay_per == "write" else valid.expand_as(opened).to(opened.dtype)

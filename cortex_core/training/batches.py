@@ -12,7 +12,7 @@ from cortex_core.config import TasksConfig, TrainingConfig
 from cortex_core.tasks.mixture import Mixture
 from cortex_core.training.objectives import Batch
 
-_LENGTH_STREAM = 11
+_LENGTH_STREAM, _NOISE_STREAM = 11, 12
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,15 @@ class BatchSource:
         return Batch(
             torch.from_numpy(tokens).view(shape),
             torch.from_numpy(answer).view(shape),
+            torch.from_numpy(self._noise(rows, segments * width)).view(shape),
             torch.from_numpy(ids),
             torch.from_numpy(asked),
         )
+
+    def _noise(self, rows: range, tokens: int) -> np.ndarray:
+        """Which tokens of these sequences are written whatever the gate says, bool [rows, tokens]."""
+        drawn = [np.random.default_rng([self.seed, row, _NOISE_STREAM]).random(tokens) for row in rows]
+        return np.stack(drawn) < self.training.write_noise
 
 
 def _share(total: int, step: int, part: int, parts: int) -> range:

@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """Long sequences, cut into segments."""
     answer: Bool[Tensor, "batch segments width"]
     """Tokens that must be predicted, from what was read before them."""
+    forced: Bool[Tensor, "batch segments width"]
+    """Tokens that are written whatever the gate says (`TrainingConfig.write_noise`)."""
     in_window_ids: Int[Tensor, "windows width"]
     """Windows that the bare model handles alone; may be empty (0 rows)."""
     in_window_answer: Bool[Tensor, "windows width"]
@@ -81,8 +83,10 @@ class ReadingLoss(nn.Module):
                 states = _detached(states)
             ids = batch.input_ids[:, start:stop]
             wanted = before.view(batch.answer.shape)[:, start:stop] if stop == total else False
+            forced = batch.forced[:, start:stop].flatten(0, 1)
+            layout = Layout.plain(ids, start * width)._replace(forced=forced)
             logits, memory = read_segments(
-                self.model, ids, Layout.plain(ids, start * width), states, predict=wanted,
+                self.model, ids, layout, states, predict=wanted,
                 read_strength=self.config.read_strength,
             )  # fmt: skip
             states = memory.final
@@ -134,8 +138,14 @@ def _sparsity(passes: list[MemoryPass], model: Cortex, margin: float) -> Tensor:
 
 @torch.no_grad()
 def _write_frac(passes: list[MemoryPass]) -> Tensor:
-    writes = [r.write for memory in passes for r in memory.readings.values()]
-    return torch.as_tensor(sum((w > 0).sum() for w in writes) / sum(w.numel() for w in writes))
+    """Share of tokens that the gates wrote; those that were forced do not count."""
+    written = total = 0
+    for memory in passes:
+        assert memory.layout.forced is not None
+        chosen = ~memory.layout.to_sequences(memory.layout.forced)[:, None]
+        written = written + sum(((r.write > 0) & chosen).sum() for r in memory.readings.values())
+        total = total + sum(r.write.numel() for r in memory.readings.values())
+    return torch.as_tensor(written / total)
 
 
 @torch.no_grad()

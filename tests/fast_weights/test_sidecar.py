@@ -51,3 +51,25 @@ def test_autocast_changes_no_bit(stepwise: bool) -> None:
     (added, state), (cast_added, cast_state) = found
     assert added.dtype == cast_added.dtype == torch.float32
     assert torch.equal(added, cast_added) and torch.equal(state, cast_state)
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_forced_token_is_written_whatever_the_gate_says(stepwise: bool) -> None:
+    memory = sidecar()
+    assert memory.write_gate is not None
+    nn.init.constant_(memory.write_gate.bias, -20.0)
+    forced = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    forced[0, [3, 11]] = forced[1, 20] = True
+    valid = forced.new_ones(BATCH, TOKENS)
+    valid[1, 20] = False
+    read, empty = tokens()._replace(forced=forced, valid=valid), memory.empty_state(BATCH)
+    reading, _ = memory(read, empty, anchor=empty if stepwise else None, log=True)
+    assert reading.written is not None
+    expected = (forced & valid)[:, None].expand(-1, SHAPE.heads, -1) * memory.config.write_strength
+    if not stepwise:
+        assert torch.equal(reading.write, expected)
+    changed = reading.final_state.up.abs().sum(dim=(1, 2, 3)) > 0
+    assert changed.tolist() == [True, False], "padding is never written"
+    shut, _ = memory(read._replace(forced=None), empty, anchor=empty if stepwise else None)
+    assert not shut.final_state.up.any()
+    assert bool((reading.activation < memory.config.dead_zone).all()), "the penalty sees the gate itself"

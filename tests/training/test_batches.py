@@ -137,3 +137,11 @@ def test_every_task_and_filler_takes_part() -> None:
     for step, (name, token) in itertools.product(range(2, 6), markers.items()):
         found[name] += int((whole(of, step).input_ids == token).any(dim=(1, 2)).sum())
     assert min(found.values()) > 8
+
+
+def test_write_noise_is_the_share_of_forced_tokens() -> None:
+    assert not whole(source(write_noise=0.0), 5).forced.any()
+    noisy = torch.cat([whole(source(write_noise=0.05), step).forced.flatten() for step in range(6)]).float()
+    assert noisy.numel() > 2000 and noisy.mean().item() == pytest.approx(0.05, abs=0.02)
+    other = whole(source(seed=1, write_noise=0.05), 5).forced
+    assert not torch.equal(whole(source(write_noise=0.05), 5).forced, other)

@@ -41,13 +41,17 @@ def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, see
     asked = torch.zeros(windows, SEGMENT, dtype=torch.bool)
     asked[1:, [5, 9]] = True
     asked[2:, 12] = True
-    return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, ids(windows, SEGMENT), asked)
+    forced = torch.rand(answer.shape, generator=generator) < 0.05
+    return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, forced, ids(windows, SEGMENT), asked)
 
 
-def plain_reading(model: Cortex, ids: Tensor, strength: float = 1.0) -> tuple[Tensor, MemoryPass]:
+def plain_reading(
+    model: Cortex, ids: Tensor, strength: float = 1.0, forced: Tensor | None = None
+) -> tuple[Tensor, MemoryPass]:
     """Logits of every token, all segments through the whole backbone in one call."""
+    layout = Layout.plain(ids, 0)._replace(forced=None if forced is None else forced.flatten(0, 1))
     logits, memory = read_segments(
-        model, ids, Layout.plain(ids, 0), model.empty_states(len(ids)), predict=True, read_strength=strength
+        model, ids, layout, model.empty_states(len(ids)), predict=True, read_strength=strength
     )
     assert logits is not None
     return logits, memory
@@ -84,7 +88,7 @@ def mean_of_rows(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
 
 def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
     """The objective as one would write it down."""
-    logits, memory = plain_reading(model, batch.input_ids, config.read_strength)
+    logits, memory = plain_reading(model, batch.input_ids, config.read_strength, batch.forced)
     answers = mean_of_rows(logits, batch.input_ids.flatten(1), batch.answer.flatten(1))
     gates = torch.cat([reading.activation.flatten() for reading in memory.readings.values()])
     limit = model.fast_weights.dead_zone - config.sparsity_margin
@@ -124,14 +128,16 @@ def test_metrics_are_those_of_a_plain_reading() -> None:
     ids, positions = batch.input_ids.flatten(1), batch.answer.flatten(1).nonzero().tolist()
     with torch.no_grad():
         row, at = positions[-1]  # the last one is made right, so that accuracy is not 0
-        ids[row, at] = plain_reading(model, batch.input_ids, config.read_strength)[0][row, at - 1].argmax()
+        first, _ = plain_reading(model, batch.input_ids, config.read_strength, batch.forced)
+        ids[row, at] = first[row, at - 1].argmax()
         _, metrics = ReadingLoss(model, config)(batch)
-        logits, memory = plain_reading(model, batch.input_ids, config.read_strength)
+        logits, memory = plain_reading(model, batch.input_ids, config.read_strength, batch.forced)
     right = [int(logits[row, at - 1].argmax()) == int(ids[row, at]) for row, at in positions]
     assert 0 < sum(right) < len(right)
     assert float(metrics["accuracy"]) == pytest.approx(sum(right) / len(right))
     (reading,) = memory.readings.values()
-    assert float(metrics["memory/write_frac"]) == pytest.approx(float((reading.write > 0).float().mean()))
+    chosen = (reading.write > 0) & ~batch.forced.flatten(1)[:, None]
+    assert float(metrics["memory/write_frac"]) == pytest.approx(float(chosen.float().mean()))
     assert 0.05 < float(metrics["memory/write_frac"]) < 0.95
     norms = reading.final_state.up.norm(dim=(-2, -1))
     assert float(metrics["memory/state_norm"]) == pytest.approx(float(norms.mean()), rel=1e-5)
@@ -197,9 +203,9 @@ def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant(
     truncated = gradients(loss, model)
     old, new = batch.input_ids[:, : SEGMENTS - 3], batch.input_ids[:, SEGMENTS - 3 :]
     with torch.no_grad():
-        _, memory = plain_reading(model, old)
+        _, memory = plain_reading(model, old, forced=batch.forced[:, : SEGMENTS - 3])
     start = {n: FastWeights(s.up) for n, s in memory.final.items()}
-    layout = Layout.plain(new, old[0].numel())
+    layout = Layout.plain(new, old[0].numel())._replace(forced=batch.forced[:, SEGMENTS - 3 :].flatten(0, 1))
     logits, _ = read_segments(model, new, layout, start, predict=True, read_strength=config.read_strength)
     assert logits is not None
     expected = mean_of_rows(logits, new.flatten(1), batch.answer[:, SEGMENTS - 3 :].flatten(1))

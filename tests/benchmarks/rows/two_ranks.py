@@ -49,7 +49,7 @@ def deep_scene(folder: str) -> dict[str, float]:
     ids = torch.randint(3, DEEP_VOCABULARY, (DEEP_BATCH, SEGMENTS, DEEP_WINDOW), generator=generator)
     answer = torch.zeros_like(ids, dtype=torch.bool)
     answer[:, -1, DEEP_WINDOW // 2] = True
-    return _train(config, model, shards, Batch(ids, answer, ids[:, 0], answer[:, -1]))
+    return _train(config, model, shards, Batch(ids, answer, torch.zeros_like(answer), ids[:, 0], answer[:, -1]))
 
 
 def _join() -> None:
@@ -74,7 +74,7 @@ def _demo_batch(demo: Demo, rank: int) -> Batch:
     long = mixture.spanning_batch(rows, SEGMENTS * width, num_queries=tasks.num_queries, segment_tokens=width)
     near = mixture.in_window_batch(windows, width, num_queries=tasks.num_queries)
     tokens, answer = (torch.from_numpy(part).view(len(rows), SEGMENTS, width) for part in long)
-    return Batch(tokens, answer, *(torch.from_numpy(part) for part in near))
+    return Batch(tokens, answer, torch.zeros_like(answer), *(torch.from_numpy(part) for part in near))
 
 
 def _errors(config: RunConfig, model: Cortex, shards: Shards, whole: Cortex, halves: list[Batch]) -> dict[str, float]:
