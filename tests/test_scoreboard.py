@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from cortex_core.eval.intervals import wilson
+from cortex_core.eval.intervals import paired_difference, wilson
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, recall, safety, seeds, sharding, text, wallclock
+from tests.benchmarks.rows import cost, far, ranks, recall, safety, seeds, sharding, text, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -121,7 +121,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_group_is_measured() -> None:
-    opt_in = {*wallclock.ROWS, *far.ROWS, *seeds.ROWS, "long_files_bits_saved_percent"}
+    opt_in = {*wallclock.ROWS, *far.ROWS, *seeds.ROWS, *ranks.ROWS, "long_files_bits_saved_percent"}
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
         *wallclock.ROWS, "recall_min", "chunk_vs_oracle_speedup",
@@ -316,6 +316,38 @@ def test_seeds_are_added_up_cell_by_cell_and_compared_as_wholes() -> None:
     assert found[seeds.MIN_ROW].value == 0.96 and not found[seeds.MIN_ROW].met
     assert found["seeds_recall_random_512"].value == 1.0 and found["seeds_recall_random_512"].met
     assert found[seeds.SPREAD_ROW].value == pytest.approx(100 * 8 / 1800) and found[seeds.SPREAD_ROW].n == 5
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def ranked(right: str, state_bytes: int) -> dict[str, Any]:
+    """An evaluation of four questions with memory on, and of as many without, which must not count."""
+    return {"rows": [{"memory": "on"}, {"memory": "off"}], "outcomes": [right, "0000"], "state_bytes": state_bytes}
+
+
+def test_an_adaptive_rank_is_compared_on_the_same_questions() -> None:
+    documents = {"rank_8_recall": ranked("1000", 4096), "adaptive_rank_recall": ranked("1101", 4000)}
+    found = {row.name: row for row in ranks.rows_of(documents)}
+    assert {name: row.value for name, row in found.items()} == pytest.approx({
+        "rank_8_recall": 0.25, "adaptive_rank_recall": 0.75, "adaptive_rank_gain_points": 50.0,
+        "adaptive_rank_state_bytes_ratio": 4000 / 4096,
+    })  # fmt: skip
+    gain = paired_difference([True, True, False, True], [True, False, False, False])
+    assert (found[ranks.GAIN_ROW].low, found[ranks.GAIN_ROW].high) == pytest.approx((100 * gain.low, 100 * gain.high))
+
+
+def test_only_the_ranks_that_are_needed_are_trained(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, int, float | None]] = []
+
+    def evaluation(out_dir: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        trained.append((name, settings["fast_weights.rank"], settings.get("fast_weights.rank_budget")))
+        return ranked("1111", 1)
+
+    monkeypatch.setattr(ranks.trained, "evaluation", evaluation)
+    assert [row.name for row in ranks.recall_by_rank(demo, {"rank_64_recall"})] == ["rank_64_recall"]
+    assert [row.name for row in ranks.recall_by_rank(demo, {ranks.GAIN_ROW})] == [ranks.GAIN_ROW]
+    assert trained == [("demo-rank_64", 64, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]
 
 
 # --- long files ------------------------------------------------------------------------------------------------------

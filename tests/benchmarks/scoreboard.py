@@ -30,6 +30,7 @@ from tests.benchmarks.rows import (
     cost,
     far,
     overhead,
+    ranks,
     recall,
     safety,
     seeds,
@@ -85,10 +86,11 @@ MEASUREMENTS = (
     Measurement(far.a_million_tokens, far.ROWS, "million"),
     _one(text.long_files_bits_saved_percent, "text"),
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
+    Measurement(ranks.recall_by_rank, ranks.ROWS, "ranks"),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds", "text")
-"""Groups that are measured only when they are named: they take the better part of an hour, or need another run."""
+OPT_IN = ("wallclock", "million", "seeds", "ranks", "text")
+"""Groups that are measured only when they are named: they take the better part of an hour, or need other runs."""
 
 
 class _Parser(argparse.ArgumentParser):

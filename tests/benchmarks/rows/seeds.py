@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Set
-from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row
+from tests.benchmarks.rows import trained
 from tests.benchmarks.rows.demo import FILLERS, Demo
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -32,7 +28,8 @@ def recall_over_seeds(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     interval over all of them. seeds_recall_min is the worst cell; seeds_spread_points the best seed minus the worst,
     each over all of its questions.
     """
-    documents = [_evaluation(demo.folder.parent, seed) for seed in SEEDS]
+    gaps = {"evaluation.gaps_tokens": [0, *GAPS], "evaluation.num_examples": PER_SEED}
+    documents = [trained.evaluation(demo.folder.parent, f"demo-seed-{seed}", {"seed": seed} | gaps) for seed in SEEDS]
     yield from (row for row in rows_of([hits(document) for document in documents]) if row.name in wanted)
 
 
@@ -64,23 +61,3 @@ def rows_of(runs: list[Hits]) -> Iterator[Row]:
     means = [sum(run[cell][0] for cell in cells) / sum(run[cell][1] for cell in cells) for run in runs]
     spread = 100 * (max(means) - min(means))
     yield Row(SPREAD_ROW, spread, SPREAD_GOAL_POINTS, "lower", "points", len(runs))
-
-
-def _evaluation(out_dir: Path, seed: int) -> dict[str, Any]:
-    """The evaluation of one seed's run, after training it if need be. Raises RuntimeError, with its last words."""
-    from pipelines.runs import STATE_FILE
-
-    folder = out_dir / f"demo-seed-{seed}"
-    state = folder / STATE_FILE
-    if not (state.is_file() and json.loads(state.read_text())["state"] == "FINISHED"):
-        gaps = json.dumps([0, *GAPS])
-        command = [
-            sys.executable, "-m", "pipelines.train", "demo", f"name={folder.name}", f"out_dir={out_dir}",
-            f"seed={seed}", f"evaluation.gaps_tokens={gaps}", f"evaluation.num_examples={PER_SEED}",
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, check=False, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}")
-    return json.loads((folder / "evaluation.json").read_text())

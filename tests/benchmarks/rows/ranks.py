@@ -1,0 +1,68 @@
+"""Rows about the rank: recall of the demo's recipe at several ranks, and of one that chose where its dimensions lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+from tests.benchmarks.row import Row
+from tests.benchmarks.rows import trained
+from tests.benchmarks.rows.demo import Demo
+
+RANKS, BUDGET, PRUNED_FROM = (8, 16, 32, 64), 8, 32
+GAPS, NUM_EXAMPLES = (1024, 16384), 200
+GAIN_ROW, BYTES_ROW = "adaptive_rank_gain_points", "adaptive_rank_state_bytes_ratio"
+ROWS = (*(f"rank_{rank}_recall" for rank in RANKS), "adaptive_rank_recall", GAIN_ROW, BYTES_ROW)
+
+
+def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
+    """Key-value recall by rank, and of a memory that begins with rank 32 and keeps 8 dimensions per head on average.
+
+    Each is `cortex train demo` with another rank; all are asked the same 800 held-out questions, 200 per filler (text,
+    random) at gaps of 1,024 and 16,384. Wilson's interval; for the gain of the adaptive memory over rank 8, Newcombe's
+    paired one. A run that is finished is not trained again.
+    """
+    asked = {"evaluation.gaps_tokens": list(GAPS), "evaluation.num_examples": NUM_EXAMPLES}
+    settings: dict[str, dict[str, Any]] = {
+        f"rank_{rank}_recall": {"fast_weights.rank": rank} for rank in RANKS if _needed(rank, wanted)
+    }
+    if wanted & {"adaptive_rank_recall", GAIN_ROW, BYTES_ROW}:
+        settings["adaptive_rank_recall"] = {"fast_weights.rank": PRUNED_FROM, "fast_weights.rank_budget": BUDGET}
+    documents = {
+        name: trained.evaluation(demo.folder.parent, f"demo-{name.removesuffix('_recall')}", changed | asked)
+        for name, changed in settings.items()
+    }
+    yield from (row for row in rows_of(documents) if row.name in wanted)
+
+
+def outcomes(document: Mapping[str, Any]) -> list[bool]:
+    """Whether each question was answered, memory on, all cells one after the other."""
+    return [
+        letter == "1"
+        for row, letters in zip(document["rows"], document["outcomes"], strict=True)
+        if row["memory"] == "on"
+        for letter in letters
+    ]
+
+
+def rows_of(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """A row for each evaluation; and, where it is there, the adaptive memory against the even one of equal size."""
+    from cortex_core.eval.intervals import paired_difference, wilson
+
+    answers = {name: outcomes(document) for name, document in documents.items()}
+    for name, right in answers.items():
+        found = wilson(sum(right), len(right))
+        yield Row(name, found.value, None, "higher", "", len(right), found.low, found.high)
+    if "adaptive_rank_recall" in answers:
+        even = f"rank_{BUDGET}_recall"
+        gain = paired_difference(answers["adaptive_rank_recall"], answers[even])
+        yield Row(
+            GAIN_ROW, 100 * gain.value, 0.0, "higher", "points", len(answers[even]), 100 * gain.low, 100 * gain.high
+        )
+        size = documents["adaptive_rank_recall"]["state_bytes"] / documents[even]["state_bytes"]
+        yield Row(BYTES_ROW, size, 1.0, "lower", "", 1)
+
+
+def _needed(rank: int, wanted: Set[str]) -> bool:
+    compared = rank == BUDGET and bool(wanted & {GAIN_ROW, BYTES_ROW})
+    return f"rank_{rank}_recall" in wanted or compared or (rank == BUDGET and "adaptive_rank_recall" in wanted)
