@@ -340,11 +340,13 @@ def test_an_adaptive_rank_is_compared_on_the_same_questions() -> None:
 def test_only_the_ranks_that_are_needed_are_trained(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, int, float | None]] = []
 
-    def evaluation(out_dir: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-        trained.append((name, settings["fast_weights.rank"], settings.get("fast_weights.rank_budget")))
-        return ranked("1111", 1)
+    def evaluations(out_dir: Path, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        trained.extend(
+            (name, given["fast_weights.rank"], given.get("fast_weights.rank_budget")) for name, given in runs.items()
+        )
+        return {name: ranked("1111", 1) for name in runs}
 
-    monkeypatch.setattr(ranks.trained, "evaluation", evaluation)
+    monkeypatch.setattr(ranks.trained, "evaluations", evaluations)
     assert [row.name for row in ranks.recall_by_rank(demo, {"rank_64_recall"})] == ["rank_64_recall"]
     assert [row.name for row in ranks.recall_by_rank(demo, {ranks.GAIN_ROW})] == [ranks.GAIN_ROW]
     assert trained == [("demo-rank_64", 64, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]

@@ -28,11 +28,10 @@ def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     }
     if wanted & {"adaptive_rank_recall", GAIN_ROW, BYTES_ROW}:
         settings["adaptive_rank_recall"] = {"fast_weights.rank": PRUNED_FROM, "fast_weights.rank_budget": BUDGET}
-    documents = {
-        name: trained.evaluation(demo.folder.parent, f"demo-{name.removesuffix('_recall')}", changed | asked)
-        for name, changed in settings.items()
-    }
-    yield from (row for row in rows_of(documents) if row.name in wanted)
+    runs = {f"demo-{name.removesuffix('_recall')}": changed | asked for name, changed in settings.items()}
+    documents = trained.evaluations(demo.folder.parent, runs)
+    found = rows_of(dict(zip(settings, documents.values(), strict=True)))
+    yield from (row for row in found if row.name in wanted)
 
 
 def outcomes(document: Mapping[str, Any]) -> list[bool]:

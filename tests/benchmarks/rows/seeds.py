@@ -29,8 +29,10 @@ def recall_over_seeds(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     each over all of its questions.
     """
     gaps = {"evaluation.gaps_tokens": [0, *GAPS], "evaluation.num_examples": PER_SEED}
-    documents = [trained.evaluation(demo.folder.parent, f"demo-seed-{seed}", {"seed": seed} | gaps) for seed in SEEDS]
-    yield from (row for row in rows_of([hits(document) for document in documents]) if row.name in wanted)
+    runs = {f"demo-seed-{seed}": {"seed": seed} | gaps for seed in SEEDS}
+    documents = trained.evaluations(demo.folder.parent, runs)
+    found = rows_of([hits(document) for document in documents.values()])
+    yield from (row for row in found if row.name in wanted)
 
 
 def hits(evaluation: Mapping[str, Any]) -> Hits:
