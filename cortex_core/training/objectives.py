@@ -86,9 +86,8 @@ class ReadingLoss(nn.Module):
             forced = batch.forced[:, start:stop].flatten(0, 1)
             layout = Layout.plain(ids, start * width)._replace(forced=forced)
             logits, memory = read_segments(
-                self.model, ids, layout, states, predict=wanted,
-                read_strength=self.config.read_strength,
-            )  # fmt: skip
+                self.model, ids, layout, states, predict=wanted, read_strength=self.config.read_strength
+            )
             states = memory.final
             passes.append(memory)
         assert logits is not None

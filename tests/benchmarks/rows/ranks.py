@@ -23,10 +23,13 @@ def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     paired one. A run that is finished is not trained again.
     """
     asked = {"evaluation.gaps_tokens": list(GAPS), "evaluation.num_examples": NUM_EXAMPLES}
+    adaptive = bool(wanted & {"adaptive_rank_recall", GAIN_ROW, BYTES_ROW})  # is compared with an even rank
     settings: dict[str, dict[str, Any]] = {
-        f"rank_{rank}_recall": {"fast_weights.rank": rank} for rank in RANKS if _needed(rank, wanted)
+        name: {"fast_weights.rank": rank}
+        for rank in RANKS
+        if (name := f"rank_{rank}_recall") in wanted or (adaptive and rank == BUDGET)
     }
-    if wanted & {"adaptive_rank_recall", GAIN_ROW, BYTES_ROW}:
+    if adaptive:
         settings["adaptive_rank_recall"] = {"fast_weights.rank": PRUNED_FROM, "fast_weights.rank_budget": BUDGET}
     runs = {f"demo-{name.removesuffix('_recall')}": changed | asked for name, changed in settings.items()}
     documents = trained.evaluations(demo.folder.parent, runs)
@@ -60,8 +63,3 @@ def rows_of(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
         )
         size = documents["adaptive_rank_recall"]["state_bytes"] / documents[even]["state_bytes"]
         yield Row(BYTES_ROW, size, 1.0, "lower", "", 1)
-
-
-def _needed(rank: int, wanted: Set[str]) -> bool:
-    compared = rank == BUDGET and bool(wanted & {GAIN_ROW, BYTES_ROW})
-    return f"rank_{rank}_recall" in wanted or compared or (rank == BUDGET and "adaptive_rank_recall" in wanted)
