@@ -18,7 +18,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, ranks, recall, safety, seeds, sharding, text, wallclock
+from tests.benchmarks.rows import cost, far, needles, ranks, recall, safety, seeds, sharding, text, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -259,6 +259,15 @@ def test_rows_about_forgetting_and_small_files(demo: Demo, monkeypatch: pytest.M
     assert ratio.value == pytest.approx((width + 4) / (4 * width))
 
 
+def test_needles_are_looked_for_in_a_longer_haystack(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needles, "PER_FILLER", 20)
+    single, multi_key = needles.needles(demo, {"needle_single_recall", "needle_multi_key_recall"})
+    assert (single.name, single.n, multi_key.name, multi_key.n) == (
+        "needle_single_recall", 40, "needle_multi_key_recall", 40,
+    )  # fmt: skip
+    assert 0.5 < single.value <= 1 and multi_key.value < single.value
+
+
 @pytest.mark.usefixtures("few")
 def test_rows_about_the_window_and_the_text(demo: Demo) -> None:
     (loss,) = recall.in_window_recall_loss_points(demo, set())
@@ -347,9 +356,9 @@ def test_only_the_ranks_that_are_needed_are_trained(demo: Demo, monkeypatch: pyt
         return {name: ranked("1111", 1) for name in runs}
 
     monkeypatch.setattr(ranks.trained, "evaluations", evaluations)
-    assert [row.name for row in ranks.recall_by_rank(demo, {"rank_64_recall"})] == ["rank_64_recall"]
+    assert [row.name for row in ranks.recall_by_rank(demo, {"rank_16_recall"})] == ["rank_16_recall"]
     assert [row.name for row in ranks.recall_by_rank(demo, {ranks.GAIN_ROW})] == [ranks.GAIN_ROW]
-    assert trained == [("demo-rank_64", 64, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]
+    assert trained == [("demo-rank_16", 16, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]
 
 
 # --- long files ------------------------------------------------------------------------------------------------------

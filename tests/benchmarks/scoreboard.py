@@ -29,6 +29,7 @@ from tests.benchmarks.rows import (
     associative_recall,
     cost,
     far,
+    needles,
     overhead,
     ranks,
     recall,
@@ -83,6 +84,7 @@ MEASUREMENTS = (
     Measurement(
         speed.backward_bytes, ("backward_bytes_growth", "backward_bytes_oracle_over_chunk"), "speed", needs_run=False
     ),
+    Measurement(needles.needles, needles.ROWS, "needles"),
     Measurement(far.a_million_tokens, far.ROWS, "million"),
     _one(text.long_files_bits_saved_percent, "text"),
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cortex_core.config import TaskName
 from cortex_core.errors import DataError
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, load_config
 
@@ -101,12 +102,12 @@ class Demo:
 
         return load_corpus(self.config.data, self.tokenizer)
 
-    def task(self, filler: str) -> TextTask:
-        """Key-value recall over words and text that training never saw."""
+    def task(self, filler: str, name: TaskName = "key_value") -> TextTask:
+        """A task over words and text that training never saw."""
         from cortex_core.tasks.mixture import build_task
 
         return build_task(
-            "key_value", filler, self.vocabulary, self.corpus,
+            name, filler, self.vocabulary, self.corpus,
             split="held_out", seed=SEED, num_pairs=self.config.tasks.num_pairs,
         )  # fmt: skip
 

@@ -76,7 +76,7 @@ def in_window_recall_loss_points(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
         task = demo.task(filler)
         indices = range(number * NUM_EXAMPLES, (number + 1) * NUM_EXAMPLES)
         gap = min(gap, window - max(task.overhead_tokens(index) for index in indices))
-        found = _measure(demo, task, [gap], indices)[gap]
+        found = measure(demo, task, [gap], indices)[gap]
         bare += found.bare
         with_memory += found.with_memory
     loss = paired_difference(bare, with_memory)
@@ -90,12 +90,13 @@ def _ask(demo: Demo, filler: str, gaps: Sequence[int]) -> dict[int, Answers]:
     """Answers at these gaps; only what this session has not asked yet is measured."""
     missing = [gap for gap in gaps if (filler, gap) not in demo.answers]
     if missing:
-        measured = _measure(demo, demo.task(filler), missing, range(NUM_EXAMPLES))
+        measured = measure(demo, demo.task(filler), missing, range(NUM_EXAMPLES))
         demo.answers |= {(filler, gap): answers for gap, answers in measured.items()}
     return {gap: demo.answers[filler, gap] for gap in gaps}
 
 
-def _measure(demo: Demo, task: TextTask, gaps: Sequence[int], indices: Sequence[int]) -> dict[int, Answers]:
+def measure(demo: Demo, task: TextTask, gaps: Sequence[int], indices: Sequence[int]) -> dict[int, Answers]:
+    """By gap, whether each of these examples was answered exactly right, memory on and off."""
     from cortex_core.eval.reach import recall
 
     found = {gap: Answers((), (), 0.0) for gap in gaps}
