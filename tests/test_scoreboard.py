@@ -18,7 +18,7 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, needles, ranks, recall, safety, seeds, sharding, text, wallclock
+from tests.benchmarks.rows import cost, far, needles, ranks, recall, safety, seeds, sharding, tasks, text, wallclock
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -359,6 +359,29 @@ def test_only_the_ranks_that_are_needed_are_trained(demo: Demo, monkeypatch: pyt
     assert [row.name for row in ranks.recall_by_rank(demo, {"rank_16_recall"})] == ["rank_16_recall"]
     assert [row.name for row in ranks.recall_by_rank(demo, {ranks.GAIN_ROW})] == [ranks.GAIN_ROW]
     assert trained == [("demo-rank_16", 16, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]
+
+
+# --- other tasks -----------------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_added_up_over_fillers_and_their_window_is_compared_in_pairs() -> None:
+    cells = [
+        (gap, filler, memory) for gap in (0, *tasks.GAPS) for filler in ("text", "random") for memory in ("on", "off")
+    ]
+    outcomes = {cell: "0000" if cell[0] and cell[2] == "off" else "1111" for cell in cells}
+    outcomes[1024, "random", "on"] = "1010"
+    outcomes[0, "text", "on"] = "1101"
+    document = {
+        "rows": [{"gap_tokens": gap, "filler": filler, "memory": memory} for gap, filler, memory in cells],
+        "outcomes": list(outcomes.values()),
+    }
+    found = {row.name: row for row in tasks.rows_of("n_back", document)}
+    assert tuple(found) == tuple(name for name in tasks.ROWS if name.startswith("n_back"))
+    assert (found["n_back_recall_512"].value, found["n_back_recall_512"].n) == (1.0, 8)
+    assert found["n_back_recall_1024"].value == found["n_back_recall_min"].value == 0.75
+    loss = paired_difference([True] * 4, [True, True, False, True])
+    assert found["n_back_in_window_loss_points"].value == 25.0 and found["n_back_in_window_loss_points"].n == 4
+    assert found["n_back_in_window_loss_points"].high == pytest.approx(100 * loss.high)
 
 
 # --- long files ------------------------------------------------------------------------------------------------------

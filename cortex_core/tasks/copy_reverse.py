@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cortex_core.errors import ConfigError
-from cortex_core.tasks.layout import Part, Sheet, TextTask
+from cortex_core.tasks.digits import DigitTask
+from cortex_core.tasks.layout import Part, Sheet
 from cortex_core.tasks.vocabulary import HINTS
 
 
 @dataclass(frozen=True)
-class CopyReverse(TextTask):
+class CopyReverse(DigitTask):
     """One string of `num_digits` random digits; the question asks for all of it, last digit first.
 
     It is asked once whatever `num_queries` says: a second question could be answered from the first.
@@ -24,7 +25,6 @@ class CopyReverse(TextTask):
 
     name: ClassVar[str] = "copy_reverse"
 
-    num_digits: int = 12
     index_hints: bool = True
     """Whether letters name the positions; False is the plain form, " digits 4 0 7;" and " reverse 7 0 4;"."""
 

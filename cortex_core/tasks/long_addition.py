@@ -13,12 +13,13 @@ from typing import ClassVar
 import numpy as np
 
 from cortex_core.errors import ConfigError
-from cortex_core.tasks.layout import Part, Sheet, TextTask
+from cortex_core.tasks.digits import DigitTask
+from cortex_core.tasks.layout import Part, Sheet
 from cortex_core.tasks.vocabulary import HINTS
 
 
 @dataclass(frozen=True)
-class LongAddition(TextTask):
+class LongAddition(DigitTask):
     """Two numbers of `num_digits` digits; asked is their sum, `num_digits` + 1 digits from the units up.
 
     It is asked once whatever `num_queries` says: a second question could be answered from the first.

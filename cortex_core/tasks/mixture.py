@@ -13,6 +13,7 @@ from cortex_core.errors import ConfigError
 from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.corpus_text import CorpusText
+from cortex_core.tasks.digits import DigitTask
 from cortex_core.tasks.filler import Filler, RandomFiller, TextFiller
 from cortex_core.tasks.forgetting import Forgetting
 from cortex_core.tasks.key_value import KeyValue
@@ -121,18 +122,28 @@ class Mixture:
         rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, _DRAW])
         return self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
 
+    def narrowest_tokens(self, *, num_queries: int = 1) -> int:
+        """Room for the facts and questions of every task; of those on numbers, with the fewest digits."""
+        smallest = [task.fitting(0) if isinstance(task, DigitTask) else task for task in self.tasks]
+        return max(task.overhead_tokens(0, num_queries=num_queries) for task in smallest)
+
     def spanning_batch(
-        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, segment_tokens: int = 1
+        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, segment_tokens: int
     ) -> Example:
-        """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens]."""
-        return stack(
-            [
-                self.task(index).spanning_example(
-                    index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens
-                )
-                for index in indices
-            ]
-        )
+        """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens].
+
+        Numbers that have no room in one segment are given as many digits as have: narrow segments are where training
+        begins, and a few digits are found before many.
+        """
+        examples = []
+        for index in indices:
+            task = self.task(index)
+            if isinstance(task, DigitTask):
+                task = task.fitting(segment_tokens, num_queries=num_queries)
+            examples.append(
+                task.spanning_example(index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens)
+            )
+        return stack(examples)
 
     def in_window_batch(self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1) -> Example:
         """Windows with everything inside. Both arrays [len(indices), total_tokens]."""

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cortex_core.config import TaskName
-from cortex_core.tasks.copy_reverse import CopyReverse
 from cortex_core.tasks.corpus import Corpus
+from cortex_core.tasks.digits import DigitTask
 from cortex_core.tasks.layout import Example, TextTask
-from cortex_core.tasks.long_addition import LongAddition
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import IntArray, TaskVocabulary
 from cortex_core.training.pretrain_config import PretrainConfig
@@ -95,8 +94,8 @@ class RowSource:
     ) -> tuple[IntArray, NDArray, NDArray]:
         filler = _FILLERS[int(rng.integers(2))]
         task = self._task(name, filler, any_token=self._any_token(rng))
-        if isinstance(task, LongAddition | CopyReverse) and rng.random() < self.config.rows.smaller_frac:
-            task = replace(task, num_digits=int(rng.integers(2, task.num_digits)))
+        if isinstance(task, DigitTask) and rng.random() < self.config.rows.smaller_frac:
+            task = task.smaller(rng)
         queries = int(rng.integers(1, self.config.rows.most_queries + 1))
         while queries > 1 and task.max_overhead_tokens(num_queries=queries) > window:
             queries -= 1

@@ -37,6 +37,7 @@ from tests.benchmarks.rows import (
     seeds,
     sharding,
     speed,
+    tasks,
     text,
     wallclock,
 )
@@ -89,9 +90,10 @@ MEASUREMENTS = (
     _one(text.long_files_bits_saved_percent, "text"),
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
     Measurement(ranks.recall_by_rank, ranks.ROWS, "ranks"),
+    Measurement(tasks.recall_of_tasks, tasks.ROWS, "tasks"),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds", "ranks", "text")
+OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "text")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs."""
 
 
