@@ -32,16 +32,21 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
 
     Joins `cluster.address`, or the cluster that RAY_ADDRESS names (a submitted job has it); without either,
     Ray is started on this machine. A process that is connected already stays as it is; without workers
-    nothing happens. Within the block SIGTERM does what Ctrl-C does, so that `kill` cleans up, too.
+    there is no Ray. Within the block SIGTERM does what Ctrl-C does, so that `kill` cleans up, too.
 
     Raises ConfigError: the workers cannot fit, or no cluster answers. Before anything is started.
     """
-    if cluster.num_workers == 0:
-        yield
-        return
-    if ray.is_initialized():
+    if ray.is_initialized() and cluster.num_workers:
         _check_cluster(cluster)
         yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    if cluster.num_workers == 0:
+        _on_sigterm(_interrupt)
+        try:
+            yield
+        finally:
+            _on_sigterm(before)
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     variables = environment(cluster, address)
@@ -49,7 +54,6 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         _check_this_machine(cluster)
     else:
         _check_answers(address)
-    before = signal.getsignal(signal.SIGTERM)
     with _exported(variables):
         try:
             _start(cluster) if address is None else _join(address, variables)

@@ -122,6 +122,13 @@ def test_a_thread_cannot_bring_ray_back(monkeypatch: pytest.MonkeyPatch) -> None
         ask(Method(), timeout_s=1.0)  # type: ignore[arg-type]
 
 
+def test_without_workers_a_kill_is_an_interruption_too() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), cluster.connect(ClusterConfig(num_workers=0)):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # --- with Ray ---------------------------------------------------------------------------------------------------------
 
 
