@@ -12,7 +12,7 @@ from tests.benchmarks.rows.demo import FILLERS, Demo
 GAPS, PER_FILLER = (256, 512, 1024, 2048, 4096, 16384), 100
 RECALL_GOAL, LOSS_GOAL_POINTS = 0.97, 1.0
 RUNS: Mapping[str, trained.Settings] = {
-    "copy_reverse": {},
+    "copy_reverse": {"training.steps": 450},
     "n_back": {},
     "long_addition": {},
 }
