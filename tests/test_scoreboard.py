@@ -16,7 +16,7 @@ import pytest
 from cortex_core.eval.intervals import paired_difference, wilson
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
-from tests.benchmarks import child, pairs
+from tests.benchmarks import child, pairs, rank_picture
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import cost, far, needles, ranks, recall, safety, seeds, sharding, tasks, text, wallclock
 from tests.benchmarks.rows.demo import Demo
@@ -359,6 +359,23 @@ def test_only_the_ranks_that_are_needed_are_trained(demo: Demo, monkeypatch: pyt
     assert [row.name for row in ranks.recall_by_rank(demo, {"rank_16_recall"})] == ["rank_16_recall"]
     assert [row.name for row in ranks.recall_by_rank(demo, {ranks.GAIN_ROW})] == [ranks.GAIN_ROW]
     assert trained == [("demo-rank_16", 16, None), ("demo-rank_8", 8, None), ("demo-adaptive_rank", 32, 8)]
+
+
+def test_ranks_are_drawn_from_what_the_scoreboard_wrote(tmp_path: Path) -> None:
+    rows = [
+        {"name": f"rank_{rank}_recall", "value": value, "low": value - 0.02, "high": value + 0.01}
+        for rank, value in ((32, 0.98), (8, 0.9), (16, 0.95))
+    ] + [{"name": "large_forward_overhead_rank_8", "value": 1.06, "low": 1.05, "high": 1.08}]
+    by_name = {row["name"]: row for row in rows}
+    assert [(p.rank, p.value) for p in rank_picture.points(by_name, r"rank_(\d+)_recall")] == [
+        (8, 0.9), (16, 0.95), (32, 0.98),
+    ]  # fmt: skip
+    recall_panel, cost_panel = rank_picture.draw(by_name).axes
+    assert recall_panel.lines[0].get_ydata().tolist() == [0.9, 0.95, 0.98] and recall_panel.get_yticks().max() <= 1.0
+    assert cost_panel.lines[0].get_ydata().tolist() == [1.06]
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
+    assert rank_picture.main([str(tmp_path / "rows.json"), "--out", str(tmp_path / "ranks.png")]) == 0
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- other tasks -----------------------------------------------------------------------------------------------------
