@@ -128,18 +128,24 @@ class Mixture:
         return max(task.overhead_tokens(0, num_queries=num_queries) for task in smallest)
 
     def spanning_batch(
-        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, segment_tokens: int
+        self,
+        indices: Sequence[int],
+        total_tokens: int,
+        *,
+        num_queries: int = 1,
+        segment_tokens: int = 1,
+        room_tokens: int | None = None,
     ) -> Example:
         """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens].
 
-        Numbers that have no room in one segment are given as many digits as have: narrow segments are where training
-        begins, and a few digits are found before many.
+        With `room_tokens`, numbers have as many digits as let facts and questions fit in it: a few are learned before
+        many.
         """
         examples = []
         for index in indices:
             task = self.task(index)
-            if isinstance(task, DigitTask):
-                task = task.fitting(segment_tokens, num_queries=num_queries)
+            if room_tokens is not None and isinstance(task, DigitTask):
+                task = task.fitting(room_tokens, num_queries=num_queries)
             examples.append(
                 task.spanning_example(index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens)
             )

@@ -68,8 +68,9 @@ class BatchSource:
         segments, width = self.shape(step)
         rows = _share(self.training.batch_size, step, part, parts)
         tokens, answer = self.long.spanning_batch(
-            rows, segments * width, num_queries=self.tasks.num_queries, segment_tokens=width
-        )
+            rows, segments * width, num_queries=self.tasks.num_queries, segment_tokens=width,
+            room_tokens=width if width < self.segment_tokens else None,
+        )  # fmt: skip
         windows = _share(self.training.in_window_batch_size, step, part, parts)
         shape = (len(rows), segments, width)
         if windows:

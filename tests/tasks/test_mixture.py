@@ -54,16 +54,16 @@ def test_batches_are_rectangles_of_the_examples(mixture: Mixture) -> None:
 
 def test_any_share_of_a_batch_is_the_same_rows(mixture: Mixture) -> None:
     """Workers split a batch by index: together they read what one worker would."""
-    whole = mixture.spanning_batch(range(6), 300, segment_tokens=250)
-    parts = [mixture.spanning_batch(part, 300, segment_tokens=250) for part in (range(2), range(2, 6))]
+    whole = mixture.spanning_batch(range(6), 300)
+    parts = [mixture.spanning_batch(part, 300) for part in (range(2), range(2, 6))]
     assert np.array_equal(whole.tokens, np.concatenate([part.tokens for part in parts]))
 
 
-def test_numbers_are_as_long_as_a_segment_has_room_for(mixture: Mixture) -> None:
+def test_numbers_are_as_long_as_there_is_room_for(mixture: Mixture) -> None:
     index = next(index for index in range(100) if mixture.task(index).name == "long_addition")
-    for segment, answers in ((40, 2 * (5 + 1)), (64, 2 * (9 + 1)), (256, 2 * (32 + 1))):
-        batch = mixture.spanning_batch([index], 2 * segment, segment_tokens=segment)
-        assert int(batch.answer.sum()) == answers
+    for room, digits in ((40, 5), (64, 9), (256, 32), (None, 32)):
+        batch = mixture.spanning_batch([index], 300, segment_tokens=150, room_tokens=room)
+        assert int(batch.answer.sum()) == 2 * (digits + 1)  # with a letter before each
     assert mixture.narrowest_tokens() < 40 < max(task.overhead_tokens(0) for task in mixture.tasks)
 
 

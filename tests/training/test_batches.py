@@ -80,6 +80,14 @@ def test_the_curriculum_widens_then_lengthens() -> None:
     assert [other.shape(step) for step in range(100)] != [of.shape(step) for step in range(100)]
 
 
+def test_numbers_are_short_while_segments_are_narrow() -> None:
+    tasks = TasksConfig(names=("copy_reverse",), num_queries=1)
+    of = tiny.batches(tiny.training(steps=10, short_frac=0.4, max_segments=4), tasks)
+    asked = [whole(of, step).answer.flatten(1).sum(1).unique().tolist() for step in range(10)]
+    assert asked[:4] == [[2 * 4]] * 4  # a letter and a digit each: 24 tokens have room for four
+    assert asked[4:] == [[2 * 12]] * 6
+
+
 def test_the_curriculum_may_be_left_out() -> None:
     of = source(steps=10, short_frac=0.0, max_segments=2)
     assert {of.shape(step) for step in range(10)} == {(2, SEGMENT)}
