@@ -19,7 +19,7 @@ def needles(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
     " remember river stone;" stands somewhere in the haystack, " recall river" after it: one needle; one of eight; four
     of eight, all of which must be right. The run was trained on key-value recall alone, whose facts stand together.
-    Held-out words; 100 examples in text and 100 in random tokens each, Wilson's interval.
+    Held-out words; 100 examples in text and 100 others in random tokens each, Wilson's interval.
     """
     from cortex_core.eval.intervals import wilson
 
@@ -27,8 +27,9 @@ def needles(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     for name, goal in GOALS.items():
         if f"{name}_recall" in wanted:
             right: list[bool] = []
-            for filler in FILLERS:
-                found = measure(demo, demo.task(filler, name), [haystack], range(PER_FILLER))
+            for number, filler in enumerate(FILLERS):  # other facts for each, or the answers would not be independent
+                indices = range(number * PER_FILLER, (number + 1) * PER_FILLER)
+                found = measure(demo, demo.task(filler, name), [haystack], indices)
                 right += found[haystack].with_memory
             interval = wilson(sum(right), len(right))
             yield Row(f"{name}_recall", interval.value, goal, "higher", "", len(right), interval.low, interval.high)
