@@ -145,10 +145,10 @@ def _batches(config: RunConfig, vocabulary: TaskVocabulary, corpus: Corpus) -> B
     long = Mixture.from_config(config.tasks, vocabulary, corpus, seed=config.seed)
     windows = config.tasks.model_copy(update={"names": (*config.tasks.names, "corpus")})
     in_window = Mixture.from_config(windows, vocabulary, corpus, seed=config.seed + 1)
+    needed = max(task.overhead_tokens(0, num_queries=config.tasks.num_queries) for task in long.fitting(0).tasks)
     return BatchSource(
-        long, in_window, config.tasks, config.training, config.backbone.segment_tokens,
-        long.narrowest_tokens(num_queries=config.tasks.num_queries), config.seed,
-    )  # fmt: skip
+        long, in_window, config.tasks, config.training, config.backbone.segment_tokens, needed, config.seed
+    )
 
 
 def _suite(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpus: Corpus) -> Suite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -122,34 +122,26 @@ class Mixture:
         rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, _DRAW])
         return self.tasks[int(rng.choice(len(self.tasks), p=self.weights))]
 
-    def narrowest_tokens(self, *, num_queries: int = 1) -> int:
-        """Room for the facts and questions of every task; of those on numbers, with the fewest digits."""
-        smallest = [task.fitting(0) if isinstance(task, DigitTask) else task for task in self.tasks]
-        return max(task.overhead_tokens(0, num_queries=num_queries) for task in smallest)
+    def fitting(self, tokens: int, *, num_queries: int = 1) -> Mixture:
+        """The same draw, with numbers of as many digits as let facts and questions fit in `tokens`."""
+        fitted = [
+            task.fitting(tokens, num_queries=num_queries) if isinstance(task, DigitTask) else task
+            for task in self.tasks
+        ]
+        return replace(self, tasks=tuple(fitted))
 
     def spanning_batch(
-        self,
-        indices: Sequence[int],
-        total_tokens: int,
-        *,
-        num_queries: int = 1,
-        segment_tokens: int = 1,
-        room_tokens: int | None = None,
+        self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1, segment_tokens: int = 1
     ) -> Example:
-        """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens].
-
-        With `room_tokens`, numbers have as many digits as let facts and questions fit in it: a few are learned before
-        many.
-        """
-        examples = []
-        for index in indices:
-            task = self.task(index)
-            if room_tokens is not None and isinstance(task, DigitTask):
-                task = task.fitting(room_tokens, num_queries=num_queries)
-            examples.append(
-                task.spanning_example(index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens)
-            )
-        return stack(examples)
+        """Long sequences, facts first, questions near the end. Both arrays [len(indices), total_tokens]."""
+        return stack(
+            [
+                self.task(index).spanning_example(
+                    index, total_tokens, num_queries=num_queries, segment_tokens=segment_tokens
+                )
+                for index in indices
+            ]
+        )
 
     def in_window_batch(self, indices: Sequence[int], total_tokens: int, *, num_queries: int = 1) -> Example:
         """Windows with everything inside. Both arrays [len(indices), total_tokens]."""

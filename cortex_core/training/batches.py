@@ -67,10 +67,10 @@ class BatchSource:
     def _batch(self, step: int, part: int, parts: int) -> Batch:
         segments, width = self.shape(step)
         rows = _share(self.training.batch_size, step, part, parts)
-        tokens, answer = self.long.spanning_batch(
-            rows, segments * width, num_queries=self.tasks.num_queries, segment_tokens=width,
-            room_tokens=width if width < self.segment_tokens else None,
-        )  # fmt: skip
+        queries = self.tasks.num_queries
+        # A few digits are learned before many: numbers grow with the segments.
+        long = self.long.fitting(width, num_queries=queries) if width < self.segment_tokens else self.long
+        tokens, answer = long.spanning_batch(rows, segments * width, num_queries=queries, segment_tokens=width)
         windows = _share(self.training.in_window_batch_size, step, part, parts)
         shape = (len(rows), segments, width)
         if windows:
