@@ -19,7 +19,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 TaskName = Literal[
     "key_value", "copy_reverse", "n_back", "long_addition", "multi_query_recall", "forgetting", "needle_single",
     "needle_multi_key", "needle_multi_value", "needle_multi_query", "variable_tracking", "world_qa1", "world_qa2",
-    "world_qa3", "world_qa4", "world_qa5",
+    "world_qa3", "world_qa4", "world_qa5", "split_addition",
 ]  # fmt: skip
 SourceName = Literal[TaskName, "corpus"]
 """What a mixture is made of: tasks, and plain text."""

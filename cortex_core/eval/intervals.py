@@ -22,8 +22,11 @@ class Interval(NamedTuple):
     value: float
 
 
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+def wilson(successes: int | float, n: int, *, confidence: float = 0.95) -> Interval:
     """Score interval for a proportion: `successes` right answers among `n` independent examples.
+
+    A fraction of an example is allowed, where several answers about it were averaged; the interval is then that of one
+    answer each, never too narrow.
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference", Journal of the
     American Statistical Association 22, 209-212; without continuity correction, method 3 in Newcombe (1998),

@@ -3,6 +3,9 @@
 The letters are index hints (Zhou et al. 2023, "What Algorithms can Transformers Learn?"): they name the place value of
 the digit that follows, a being the units. With them the two digits to add stand after a letter that the reader has just
 written itself, and the carry is what it wrote before. In the plain form the reader has to find its place by counting.
+
+Split addition has the gap between the numbers: " add b 1 a 2" ... " plus b 3 a 9; sum a 1 b 5 c 0;". One digit of every
+pair has to be remembered, the other stands in the window.
 """
 
 from __future__ import annotations
@@ -41,18 +44,38 @@ class LongAddition(DigitTask):
         return 0.1**self.num_digits / 2
 
     def sheet(self, index: int, num_queries: int) -> Sheet:
+        first, second, total = self._parts(index)
+        told = Part([*first.tokens, *second.tokens])
+        return Sheet([told], [total])
+
+    def _parts(self, index: int) -> tuple[Part, Part, Part]:
+        """Both numbers, and the question with its answer."""
         pieces = self.vocabulary.pieces
         first, second = self.rng(index).integers(0, 10, (2, self.num_digits))
         units_last = range(self.num_digits - 1, -1, -1)
-        told = [*pieces[" add"], *self._number(units_last, first)]
-        told += [*pieces[" plus"], *self._number(units_last, second), *pieces[";"]]
         answer = self._number(range(self.num_digits + 1), np.array(_sum_from_units(first, second)))
         opening = pieces[" sum"]
-        query = Part([*opening, *answer, *pieces[";"]], len(opening), len(opening) + len(answer))
-        return Sheet([Part(told)], [query])
+        return (
+            Part([*pieces[" add"], *self._number(units_last, first)]),
+            Part([*pieces[" plus"], *self._number(units_last, second), *pieces[";"]]),
+            Part([*opening, *answer, *pieces[";"]], len(opening), len(opening) + len(answer)),
+        )
 
     def _number(self, places: range, digits: np.ndarray) -> list[int]:
         return self.vocabulary.hinted(places, digits) if self.index_hints else self.vocabulary.digits(digits)
+
+
+@dataclass(frozen=True)
+class SplitAddition(LongAddition):
+    """The same with the gap between the numbers: the second is part of the question."""
+
+    name: ClassVar[str] = "split_addition"
+
+    def sheet(self, index: int, num_queries: int) -> Sheet:
+        first, second, total = self._parts(index)
+        before = len(second.tokens)
+        asked = Part([*second.tokens, *total.tokens], before + total.answer_from, before + total.answer_to)
+        return Sheet([first], [asked])
 
 
 def _sum_from_units(first: np.ndarray, second: np.ndarray) -> list[int]:

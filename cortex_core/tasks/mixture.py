@@ -18,7 +18,7 @@ from cortex_core.tasks.filler import Filler, RandomFiller, TextFiller
 from cortex_core.tasks.forgetting import Forgetting
 from cortex_core.tasks.key_value import KeyValue
 from cortex_core.tasks.layout import SPLIT_CODES, Example, TextTask
-from cortex_core.tasks.long_addition import LongAddition
+from cortex_core.tasks.long_addition import LongAddition, SplitAddition
 from cortex_core.tasks.multi_query_recall import MultiQueryRecall
 from cortex_core.tasks.n_back import NBack
 from cortex_core.tasks.needle import MultiKeyNeedle, MultiQueryNeedle, MultiValueNeedle, Needle
@@ -46,6 +46,7 @@ _TASKS: dict[TaskName, type[TextTask]] = {
     "world_qa3": WorldQA3,
     "world_qa4": WorldQA4,
     "world_qa5": WorldQA5,
+    "split_addition": SplitAddition,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,12 +21,25 @@ class Median(NamedTuple):
 
 def ratios(first: Callable[[], object], second: Callable[[], object], *, pairs: int, warm_up: int = 2) -> list[float]:
     """seconds(first) / seconds(second) of each pair. Who begins alternates, `warm_up` pairs do not count."""
-    found = []
-    for number in range(warm_up + pairs):
-        order = (first, second) if number % 2 else (second, first)
-        seconds = {way: _seconds(way) for way in order}
-        found.append(seconds[first] / seconds[second])
-    return found[warm_up:]
+    return ratios_to({"first": first}, second, rounds=pairs, warm_up=warm_up)["first"]
+
+
+def ratios_to(
+    ways: Mapping[str, Callable[[], object]], base: Callable[[], object], *, rounds: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """By way, seconds(way) / seconds(base) of each round, in which all and the base are timed once, one after another.
+
+    Each round begins with the next of them, and `warm_up` rounds do not count.
+    """
+    order = [base, *ways.values()]
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(warm_up + rounds):
+        first = number % len(order)
+        seconds = {way: _seconds(way) for way in order[first:] + order[:first]}
+        if number >= warm_up:
+            for name, way in ways.items():
+                found[name].append(seconds[way] / seconds[base])
+    return found
 
 
 def median(values: Sequence[float]) -> Median:

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cortex_core.errors import ConfigError
 from cortex_core.tasks.filler import RandomFiller
-from cortex_core.tasks.long_addition import LongAddition
+from cortex_core.tasks.long_addition import LongAddition, SplitAddition
 from cortex_core.tasks.vocabulary import TaskVocabulary
 
 PLACES = "abcdefghijklmnopqrstuvwxyzABCDEFG"
@@ -67,3 +67,18 @@ def test_operands_have_all_their_digits(bpe: PreTrainedTokenizerBase) -> None:
     task = LongAddition(vocabulary, RandomFiller(vocabulary), index_hints=False)
     first, second = bpe.decode(task.sheet(0, 1).facts[0].tokens).removesuffix(";").removeprefix(" add").split(" plus")
     assert len(first.split()) == len(second.split()) == 32
+
+
+def test_split_addition_has_the_gap_between_its_numbers(bpe: PreTrainedTokenizerBase) -> None:
+    vocabulary = TaskVocabulary.from_tokenizer(bpe)
+    whole, split = (kind(vocabulary, RandomFiller(vocabulary)) for kind in (LongAddition, SplitAddition))
+    for index in range(5):
+        example = split.example(index, 0)
+        assert (example.tokens == whole.example(index, 0).tokens).all(), "without a gap it is the same"
+        assert (example.answer == whole.example(index, 0).answer).all()
+        (told,), (asked,) = split.sheet(index, 1)
+        first, second = bpe.decode(told.tokens), bpe.decode(asked.tokens[: asked.answer_from])
+        assert first.startswith(" add") and second.startswith(" plus") and second.endswith("; sum")
+        _, total = from_hints(bpe.decode(asked.tokens[asked.answer_from : asked.answer_to]))
+        terms = first.removeprefix(" add"), second.removeprefix(" plus").removesuffix("; sum")
+        assert sum(from_hints(term)[1] for term in terms) == total

@@ -19,9 +19,9 @@ def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Key-value recall by rank, and of a memory that begins with rank 32 and keeps 8 dimensions per head on average.
 
     Each is `cortex train demo` with another rank, up to the width of the backbone's heads, 32: no memory is wider than
-    its head. All are asked the same 800 held-out questions, 200 per filler (text, random) at gaps of 1,024 and 16,384.
-    Wilson's interval; for the gain of the adaptive memory over rank 8, Newcombe's paired one. A run that is finished is
-    not trained again.
+    its head. All are asked about the same 200 held-out examples, after gaps of 1,024 and 16,384 of text and of random
+    tokens. n counts the examples: Wilson's interval, as if each were one question; for the gain of the adaptive memory
+    over rank 8, Student's of the paired differences. A run that is finished is not trained again.
     """
     asked = {"evaluation.gaps_tokens": list(GAPS), "evaluation.num_examples": NUM_EXAMPLES}
     adaptive = bool(wanted & {"adaptive_rank_recall", GAIN_ROW, BYTES_ROW})  # is compared with an even rank
@@ -38,29 +38,18 @@ def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     yield from (row for row in found if row.name in wanted)
 
 
-def outcomes(document: Mapping[str, Any]) -> list[bool]:
-    """Whether each question was answered, memory on, all cells one after the other."""
-    return [
-        letter == "1"
-        for row, letters in zip(document["rows"], document["outcomes"], strict=True)
-        if row["memory"] == "on"
-        for letter in letters
-    ]
-
-
 def rows_of(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     """A row for each evaluation; and, where it is there, the adaptive memory against the even one of equal size."""
-    from cortex_core.eval.intervals import paired_difference, wilson
+    from cortex_core.eval.intervals import mean_interval, wilson
 
-    answers = {name: outcomes(document) for name, document in documents.items()}
-    for name, right in answers.items():
-        found = wilson(sum(right), len(right))
-        yield Row(name, found.value, None, "higher", "", len(right), found.low, found.high)
-    if "adaptive_rank_recall" in answers:
+    right = {name: trained.shares(document, GAPS) for name, document in documents.items()}
+    for name, shares in right.items():
+        found = wilson(sum(shares), len(shares))
+        yield Row(name, found.value, None, "higher", "", len(shares), found.low, found.high)
+    if "adaptive_rank_recall" in right:
         even = f"rank_{BUDGET}_recall"
-        gain = paired_difference(answers["adaptive_rank_recall"], answers[even])
-        yield Row(
-            GAIN_ROW, 100 * gain.value, 0.0, "higher", "points", len(answers[even]), 100 * gain.low, 100 * gain.high
-        )
+        both = zip(right["adaptive_rank_recall"], right[even], strict=True)
+        gain = mean_interval([100 * (ours - theirs) for ours, theirs in both], lowest=-100.0, highest=100.0)
+        yield Row(GAIN_ROW, gain.value, 0.0, "higher", "points", len(right[even]), gain.low, gain.high)
         size = documents["adaptive_rank_recall"]["state_bytes"] / documents[even]["state_bytes"]
         yield Row(BYTES_ROW, size, 1.0, "lower", "", 1)

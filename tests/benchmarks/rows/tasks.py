@@ -9,7 +9,7 @@ from tests.benchmarks.row import Row
 from tests.benchmarks.rows import trained
 from tests.benchmarks.rows.demo import FILLERS, Demo
 
-GAPS, PER_FILLER = (256, 512, 1024, 2048, 4096, 16384), 100
+GAPS, NUM_EXAMPLES = (256, 512, 1024, 2048, 4096, 16384), 200
 RECALL_GOAL, LOSS_GOAL_POINTS = 0.97, 1.0
 RUNS: Mapping[str, trained.Settings] = {
     "copy_reverse": {"training.steps": 450},
@@ -27,14 +27,14 @@ ROWS = tuple(
 def recall_of_tasks(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Exact match of copy-reverse (12 digits), n-back (8 items) and long addition (32 digits), by gap.
 
-    A run of `cortex train demo tasks.names=[...]` for each task. 100 held-out examples per filler (text, random) and
-    gap, Wilson's interval over both. The loss in the window is the bare model's accuracy minus that with memory on,
+    A run of `cortex train demo tasks.names=[...]` for each task. Held-out examples, each after a gap of text and one of
+    random tokens; n counts the examples: Wilson's interval, as if each were one question. The loss in the window is the bare model's accuracy minus that with memory on,
     where nothing stands between facts and question; Newcombe's paired interval. A finished run is not trained again.
     """
     runs = {
         task: {
             "tasks.names": [task], "evaluation.tasks": [task], "evaluation.gaps_tokens": [0, *GAPS],
-            "evaluation.num_examples": PER_FILLER, **settings,
+            "evaluation.num_examples": NUM_EXAMPLES, **settings,
         }
         for task, settings in RUNS.items()
         if any(name.startswith(f"{task}_") for name in wanted)
@@ -49,19 +49,18 @@ def rows_of(task: str, document: Mapping[str, Any]) -> Iterator[Row]:
     """From a run's `evaluation.json`: a row for every gap, the least of them, and the loss within the window."""
     from cortex_core.eval.intervals import paired_difference, wilson
 
-    right = {
-        (row["gap_tokens"], row["filler"], row["memory"]): [letter == "1" for letter in letters]
-        for row, letters in zip(document["rows"], document["outcomes"], strict=True)
-    }
-    found = {}
-    for gap in GAPS:
-        answers = [answer for filler in FILLERS for answer in right[gap, filler, "on"]]
-        found[gap] = wilson(sum(answers), len(answers))
+    right = {gap: trained.shares(document, [gap]) for gap in GAPS}
+    found = {gap: wilson(sum(answers), len(answers)) for gap, answers in right.items()}
     least = min(found.values(), key=lambda interval: interval.value)
     for name, interval in {**{f"recall_{gap}": found[gap] for gap in GAPS}, "recall_min": least}.items():
-        n = len(FILLERS) * len(right[GAPS[0], FILLERS[0], "on"])
+        n = len(right[GAPS[0]])
         yield Row(f"{task}_{name}", interval.value, RECALL_GOAL, "higher", "", n, interval.low, interval.high)
-    bare, with_memory = (right[0, FILLERS[0], memory] for memory in ("off", "on"))  # without a gap there is no filler
+    in_window = {
+        row["memory"]: [letter == "1" for letter in letters]
+        for row, letters in zip(document["rows"], document["outcomes"], strict=True)
+        if (row["gap_tokens"], row["filler"]) == (0, FILLERS[0])  # without a gap there is no filler
+    }
+    bare, with_memory = in_window["off"], in_window["on"]
     loss = paired_difference(bare, with_memory)
     yield Row(
         f"{task}_in_window_loss_points", 100 * loss.value, LOSS_GOAL_POINTS, "lower", "points", len(bare),

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,21 @@ def evaluations(out_dir: Path, runs: Mapping[str, Settings]) -> dict[str, dict[s
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = pool.map(lambda name: _evaluation(out_dir, name, runs[name]), runs)
     return dict(zip(runs, found, strict=True))
+
+
+def shares(document: Mapping[str, Any], gaps: Iterable[int]) -> list[float]:
+    """By example, the share of its questions at these gaps, under all fillers, that were answered with memory on.
+
+    An `evaluation.json` asks about the same facts at every gap and under every filler: of what is pooled over those,
+    the examples are independent, the answers are not.
+    """
+    wanted = {*gaps}
+    cells = [
+        [letter == "1" for letter in letters]
+        for row, letters in zip(document["rows"], document["outcomes"], strict=True)
+        if row["memory"] == "on" and row["gap_tokens"] in wanted
+    ]
+    return [sum(answers) / len(cells) for answers in zip(*cells, strict=True)]
 
 
 def _evaluation(out_dir: Path, name: str, settings: Settings) -> dict[str, Any]:
