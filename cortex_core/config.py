@@ -93,6 +93,9 @@ class FastWeightsConfig(Settings):
     """Gate activations from here on write at full strength."""
     taps: Annotated[int, Field(ge=1, le=16)] = 4
     """Tokens that gates, keys and queries look at: the one in question and those just before it in its segment."""
+    adapter_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of learned maps of what is stored, from the layer's last few inputs, and of what is read, over all heads. 0
+    stores the layer's own values and adds what was read: enough where the answer is a token that was written."""
     controller: bool = True
     """Whether surprise, uncertainty, reward and phase modulate the write gate."""
     controller_hidden: PositiveInt = 16
@@ -251,6 +254,9 @@ class TrainingConfig(Settings):
     """Weight of KL(bare model || model with memory), in nats per token, on the in-window sequences."""
     sparsity_weight: NonNegative = 10.0
     """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
+    sparsity_span: tuple[Fraction, Fraction] = (0.2, 0.4)
+    """Shares of training between which the write penalty rises from 0 to its weight: what is to be written has to be
+    found before. By default it rises while two segments of half the window are read."""
     sparsity_margin: NonNegative = 0.4
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
@@ -265,6 +271,14 @@ class TrainingConfig(Settings):
     """Steps between checkpoints."""
     report_every_steps: PositiveInt = 10
     """Steps between reports to the driver, to MLflow and to the progress bar."""
+
+    @model_validator(mode="after")
+    def penalty_rises(self) -> TrainingConfig:
+        """The write penalty is 0 before it is whole."""
+        begin, end = self.sparsity_span
+        if begin > end:
+            raise ValueError(f"sparsity_span = [{begin}, {end}] must begin before it ends")
+        return self
 
 
 class EvaluationConfig(Settings):

@@ -174,6 +174,11 @@ def _misfits(config: RunConfig, shape: Mapping[str, Any]) -> Iterator[str]:
             f"fast_weights.rank = {memory.rank}: must be at most {head_dim}, the width of a head of "
             f"{config.backbone.name}: its memory is low-rank. Set fast_weights.rank={head_dim} or less"
         )
+    if head_dim and heads and memory.adapter_rank > heads * head_dim:
+        yield (
+            f"fast_weights.adapter_rank = {memory.adapter_rank}: must be at most {heads * head_dim}, the width of all "
+            f"heads of {config.backbone.name} together. Set fast_weights.adapter_rank={heads * head_dim} or less"
+        )
     if layers and memory.layers != "auto" and max(memory.layers, default=0) >= layers:
         yield (
             f"fast_weights.layers = {list(memory.layers)}: must be at most {layers - 1}, the last layer of "

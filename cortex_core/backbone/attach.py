@@ -123,12 +123,17 @@ def window_of(backbone: PreTrainedModel) -> int:
     return getattr(backbone.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def check_sizes(config: FastWeightsConfig, segment_tokens: int, head_dim: int, backbone: PreTrainedModel) -> None:
-    """A head's memory is of low rank: no wider than the head. Segments fit the window. Raises ConfigError."""
-    if config.rank > head_dim:
+def check_sizes(config: FastWeightsConfig, segment_tokens: int, shape: LayerShape, backbone: PreTrainedModel) -> None:
+    """Its maps are of low rank: no wider than what they map. Segments fit the window. Raises ConfigError."""
+    if config.rank > shape.head_dim:
         raise ConfigError(
-            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {head_dim}: choose at most "
-            f"{head_dim}, a memory is no wider than its head"
+            f"fast_weights.rank = {config.rank} exceeds the backbone's head_dim = {shape.head_dim}: choose at most "
+            f"{shape.head_dim}, a memory is no wider than its head"
+        )
+    if config.adapter_rank > (width := shape.heads * shape.value_dim):
+        raise ConfigError(
+            f"fast_weights.adapter_rank = {config.adapter_rank} exceeds the {width} dimensions that the backbone's "
+            f"heads have together: choose at most {width}"
         )
     if segment_tokens > window_of(backbone):
         raise ConfigError(

@@ -54,7 +54,7 @@ class Cortex(nn.Module):
         self.fast_weights, self.segment_tokens = fast_weights, segment_tokens
         ports = find_ports(backbone)
         layers = chosen_layers(fast_weights, len(ports))
-        check_sizes(fast_weights, segment_tokens, ports[layers[0]].shape.head_dim, backbone)
+        check_sizes(fast_weights, segment_tokens, ports[layers[0]].shape, backbone)
         self.sidecars = nn.ModuleDict({str(n): Sidecar(ports[n].shape, fast_weights) for n in layers})
         self.sidecars.to(backbone.device)
         self.write_filter: WriteFilter | None = None

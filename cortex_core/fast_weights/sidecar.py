@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cortex_core.config import FastWeightsConfig
 from cortex_core.fast_weights import signals
+from cortex_core.fast_weights.adapters import Adapters
 from cortex_core.fast_weights.address import Addresses
 from cortex_core.fast_weights.chunk import scan
 from cortex_core.fast_weights.controller import Controller
@@ -83,6 +84,7 @@ class Sidecar(nn.Module):
             TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.05)) if gates else None
         )
         self.read_gate = TappedGate(shape.hidden, shape.heads, config.taps, bias=_just_open(config, 0.25))
+        self.adapters = Adapters(shape.hidden, shape.heads, shape.value_dim, config) if config.adapter_rank else None
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
 
@@ -134,9 +136,11 @@ class Sidecar(nn.Module):
     def _read(self, tokens, initial_state, snapshot_segment, read, anchor, log):  # noqa: ANN001, ANN202
         config = self.config
         new, values = tokens.hidden.shape[1], tokens.values.float()
+        hidden, place = _with_context(tokens, config.taps)
+        if self.adapters is not None:
+            values = values + self.adapters.values(hidden, place)[:, :, -new:]
         if config.rule == "source":
             values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
-        hidden, place = _with_context(tokens, config.taps)
         keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, place, read=read))
         gate = _Gate(self, tokens, hidden, place, values)
         rule = self.rule()
@@ -153,9 +157,14 @@ class Sidecar(nn.Module):
         added = None
         if out is not None:
             asked = hard_gate(self.read_gate(hidden, place)[:, :, -new:], config.dead_zone, config.saturation)
-            added = self.output_gate[:, None, None] * asked[..., None] * out
             if rule.hebbian and config.write_strength:  # what it holds is in units of the write strength
-                added = added / config.write_strength
+                out = out / config.write_strength
+            if self.adapters is not None:
+                out = self.adapters.read(out)
+            out = self.output_gate[:, None, None] * out
+            if self.adapters is not None:
+                out = out - self.adapters.attention_share[:, None, None] * tokens.attended.float()
+            added = asked[..., None] * out
         written = Written(keys, values, write, gate.ticks(write)).detach() if log else None
         return Reading(added, final, write, surprises, gate.modulated, written), snapshot
 

@@ -159,24 +159,23 @@ class Learner:
 
 def parameter_groups(parameters: Mapping[str, Tensor], settings: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters by kind, each with its peak learning rate."""
-    rates = {"output_gate": settings.output_learning_rate}
+    rates = dict.fromkeys(("output_gate", "attention_share"), settings.output_learning_rate)
     rates |= dict.fromkeys(("write_gate", "read_gate", "controller"), settings.gate_learning_rate)
     groups: dict[float, list[Tensor]] = {}
     for name, parameter in parameters.items():
-        part = name.split(".")[1]  # "<layer>.<part>..."
-        groups.setdefault(rates.get(part, settings.learning_rate), []).append(parameter)
+        rate = next((rates[part] for part in name.split(".") if part in rates), settings.learning_rate)
+        groups.setdefault(rate, []).append(parameter)
     return [{"params": members, "lr": rate, "peak_lr": rate} for rate, members in groups.items()]
 
 
 def sparsity_factor(step: int, training: TrainingConfig) -> float:
-    """0 while the first, short sequences are learned, then rising to 1 until the long ones begin.
+    """0 until the first share of `sparsity_span`, rising to 1 at the second.
 
     A gate that is pushed shut before it has found what to write never opens again: in its dead zone it has no gradient.
     """
-    begin, end = training.short_frac / 2, training.short_frac
-    if end == 0.0:
-        return 1.0
-    return min(1.0, max(0.0, (step / training.steps - begin) / (end - begin)))
+    begin, end = training.sparsity_span
+    done = step / training.steps
+    return min(1.0, max(0.0, (done - begin) / (end - begin))) if begin < end else float(done >= end)
 
 
 def learning_rate_factor(step: int, steps: int, settings: OptimizerConfig) -> float:

@@ -29,6 +29,8 @@ CONFIGS = {
     ),
     "gpt_neox": tf.GPTNeoXConfig(**_SIZES),
 }
+ADAPTED = [*((family, 0) for family in CONFIGS), ("qwen2", 4)]
+"""Families and the rank of the memory's adapters."""
 ROTARY = sorted(set(CONFIGS) - {"gpt2"})
 
 
@@ -39,16 +41,18 @@ def bare(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float3
     return tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention, dtype=dtype).eval()
 
 
-def with_memory(family: str = "qwen2", *, open_gate: bool = True, layers: tuple[int, ...] = (1, 2)) -> Cortex:
+def with_memory(
+    family: str = "qwen2", *, open_gate: bool = True, layers: tuple[int, ...] = (1, 2), adapter_rank: int = 0
+) -> Cortex:
     """A random model with random sidecars; with `open_gate` they matter."""
-    model = Cortex.attach(bare(family), small_memory(layers), segment_tokens=SEGMENT)
+    model = Cortex.attach(bare(family), small_memory(layers, adapter_rank), segment_tokens=SEGMENT)
     if open_gate:
         open_gates(model)
     return model
 
 
-def small_memory(layers: tuple[int, ...] = (1, 2)) -> FastWeightsConfig:
-    return FastWeightsConfig(rank=8, chunk_size=CHUNK, layers=layers)
+def small_memory(layers: tuple[int, ...] = (1, 2), adapter_rank: int = 0) -> FastWeightsConfig:
+    return FastWeightsConfig(rank=8, chunk_size=CHUNK, layers=layers, adapter_rank=adapter_rank)
 
 
 def open_gates(model: Cortex) -> None:
@@ -59,6 +63,9 @@ def open_gates(model: Cortex) -> None:
         for weights in (sidecar.write_gate.weight, sidecar.addresses.key_taps, sidecar.addresses.query_taps):
             nn.init.normal_(weights, std=0.3, generator=generator)
         nn.init.normal_(sidecar.controller.out.weight, std=0.3, generator=generator)
+        if sidecar.adapters is not None:
+            for weights in sidecar.adapters.parameters():
+                nn.init.normal_(weights, std=0.3, generator=generator)
 
 
 def random_ids(rows: int, tokens: int, seed: int = 1) -> torch.Tensor:

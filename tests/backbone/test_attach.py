@@ -27,7 +27,7 @@ def test_an_untrained_memory_changes_no_bit(family: str, attention: str, dtype: 
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     left = mask[:2]
     generated = backbone.generate(input_ids=ids[:2], attention_mask=left, **options)
-    model = Cortex.attach(backbone, small_memory(), segment_tokens=SEGMENT)
+    model = Cortex.attach(backbone, small_memory(adapter_rank=4), segment_tokens=SEGMENT)
     assert torch.equal(model(input_ids=ids).logits, plain)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, masked)
     assert torch.equal(model.generate(input_ids=ids[:2], attention_mask=left, **options), generated)
@@ -82,6 +82,7 @@ def test_attention_outside_the_interface_is_refused_by_name() -> None:
     ("settings", "segment", "message"),
     [
         ({"rank": 9}, 32, "rank = 9 exceeds .* head_dim = 8: choose at most 8, a memory is no wider"),
+        ({"rank": 8, "adapter_rank": 33}, 32, "adapter_rank = 33 exceeds the 32 dimensions .*: choose at most 32"),
         ({"rank": 8, "chunk_size": 8}, 128, "segment_tokens = 128 exceeds the backbone's window of 64"),
         ({"rank": 8, "layers": (3,)}, 64, r"layers = \[3\]: the backbone has layers 0 to 2"),
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cortex_core.backbone import reading
 from cortex_core.errors import ConfigError
-from tests.backbone.families import CONFIGS, ROTARY, random_ids, with_memory
+from tests.backbone.families import ADAPTED, CONFIGS, ROTARY, random_ids, with_memory
 
 TOLERANCE = 2e-6
 
@@ -20,10 +20,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and float((a - b).detach().abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(("family", "adapter_rank"), ADAPTED)
 @torch.no_grad()
-def test_any_split_is_the_same_reading(family: str) -> None:
-    model, ids = with_memory(family), random_ids(2, 100)
+def test_any_split_is_the_same_reading(family: str, adapter_rank: int) -> None:
+    model, ids = with_memory(family, adapter_rank=adapter_rank), random_ids(2, 100)
     whole, session = model.new_session(2), model.new_session(2)
     expected = model(input_ids=ids, session=whole).logits
     parts, start = [], 0

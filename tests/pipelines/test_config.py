@@ -148,6 +148,7 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
         ("fast_weights.write_strength=2.5",
          "fast_weights.write_strength = 2.5 is beyond the stability bound: along a unit key the error is multiplied by "
          "1 - write_strength each time. Choose a value below 2 (1 replaces what the key held)"),
+        ("training.sparsity_span=[0.6,0.4]", "training.sparsity_span = [0.6, 0.4] must begin before it ends"),
         ("training.steps", "'training.steps' is not an override: write name=value, such as training.steps=100"),
         ("=3", "'=3' is not an override: write name=value, such as training.steps=100"),
     ],

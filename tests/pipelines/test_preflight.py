@@ -60,6 +60,7 @@ def test_a_model_sets_the_bounds(tmp_path: Path, shape: dict[str, object]) -> No
             576,
             ("backbone.segment_tokens = 576", "at most 512", "segment_tokens=512"),
         ),
+        ("fast_weights__adapter_rank", 129, ("fast_weights.adapter_rank = 129", "at most 128")),
         ("fast_weights__layers", [0, 4], ("fast_weights.layers = [0, 4]", "at most 3", '"auto"')),
     ):
         with pytest.raises(ConfigError) as error:

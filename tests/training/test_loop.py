@@ -22,7 +22,7 @@ RATES = OptimizerConfig(learning_rate=0.001, gate_learning_rate=0.002, output_le
 
 @pytest.mark.parametrize("controller", [True, False])
 def test_every_parameter_has_the_rate_of_its_kind(controller: bool) -> None:
-    memory = tiny.MEMORY.model_copy(update={"layers": (0, 1), "controller": controller})
+    memory = tiny.MEMORY.model_copy(update={"layers": (0, 1), "controller": controller, "adapter_rank": 4})
     parameters = dict(tiny.model(memory).sidecars.named_parameters())
     groups = parameter_groups(parameters, RATES)
     owner: dict[int, float] = {}
@@ -34,9 +34,10 @@ def test_every_parameter_has_the_rate_of_its_kind(controller: bool) -> None:
     found = {name: owner.pop(id(parameter)) for name, parameter in parameters.items()}
     assert not owner, "not a parameter of the sidecars"
     kinds = {"output_gate": 0.003, "write_gate": 0.002, "read_gate": 0.002, "controller": 0.002}
-    kinds["addresses"] = 0.001
+    kinds |= {"addresses": 0.001, "adapters": 0.001}
     assert {name.split(".")[1] for name in found} == kinds.keys() - (set() if controller else {"controller"})
-    assert found == {name: kinds[name.split(".")[1]] for name in parameters}
+    shares = {name: 0.003 for name in parameters if name.endswith("attention_share")}
+    assert len(shares) == 2 and found == {name: kinds[name.split(".")[1]] for name in parameters} | shares
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,9 @@ def test_training_with_frozen_sidecars_teaches_nothing() -> None:
 
 
 def test_gates_are_pushed_shut_only_after_they_have_found_what_to_write() -> None:
-    training = tiny.training(steps=100, short_frac=0.4)
-    factors = [sparsity_factor(step, training) for step in (0, 20, 30, 40, 99)]
-    assert factors == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
-    assert sparsity_factor(0, tiny.training(steps=100, short_frac=0.0)) == 1.0
+    for span, steps in (((0.2, 0.4), (0, 20, 30, 40, 99)), ((0.5, 0.9), (0, 50, 70, 90, 99))):
+        training = tiny.training(steps=100, sparsity_span=span)
+        assert [sparsity_factor(step, training) for step in steps] == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
+    at_once = tiny.training(steps=100, sparsity_span=(0.5, 0.5))
+    assert [sparsity_factor(step, at_once) for step in (0, 49, 50)] == [0.0, 0.0, 1.0]
+    assert sparsity_factor(0, tiny.training(steps=100, sparsity_span=(0.0, 0.0))) == 1.0
