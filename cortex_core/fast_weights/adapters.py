@@ -1,8 +1,8 @@
 """Learned low-rank maps around a memory: of what is stored, and of what is read. At the start they change nothing.
 
-Without them a memory stores a frozen layer's own values and adds what it reads to that layer's attention. That is enough
-where the answer is one of the tokens that were written. It is not where what has to be stored stood a token or two
-earlier, or where a reading has to take its place beside what the layer's attention found in the window.
+Without them a memory stores a frozen layer's own values and adds what it reads to that layer's attention. That is
+enough where the answer is one of the tokens that were written. It is not where what has to be stored stood a token or
+two earlier, or where a reading has to take its place beside what the layer's attention found in the window.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from cortex_core.fast_weights.address import earlier
 class Adapters(nn.Module):
     """Two low-rank maps, as in LoRA (Hu et al. 2022), and a share per head of the attention that a reading replaces.
 
-    The map of values has a short causal convolution in the middle (Yang et al. 2025, "Gated Delta Networks", have one on
-    their values): each of its channels begins with another mixture of the last few tokens.
+    The map of values has a short causal convolution in the middle (Yang et al. 2025, "Gated Delta Networks", have one
+    on their values): each of its channels begins with another mixture of the last few tokens.
     """
 
     def __init__(self, hidden: int, heads: int, value_dim: int, config: FastWeightsConfig) -> None:

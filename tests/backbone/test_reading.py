@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cortex_core.backbone import reading
 from cortex_core.errors import ConfigError
-from tests.backbone.families import ADAPTED, CONFIGS, ROTARY, random_ids, with_memory
+from tests.backbone.families import ADAPTED, ROTARY, random_ids, with_memory
 
 TOLERANCE = 2e-6
 
