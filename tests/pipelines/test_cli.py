@@ -190,7 +190,7 @@ def test_config_prints_one_section(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_prints_one_section_of_what_is_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "training", "training.steps=5", "seed=3"]) == 0
     assert tomllib.loads(capsys.readouterr().out) == {
-        "training": load_config(None, ["training.steps=5"]).training.model_dump()
+        "training": load_config(None, ["training.steps=5"]).training.model_dump(mode="json")
     }
     assert cli.main(["config", "data", "--recipe", "demo"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["data"]["max_bytes"] == 8_000_000

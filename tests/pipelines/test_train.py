@@ -200,7 +200,7 @@ def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
     """Rates that no weight survives: every loss after the first step is not a number."""
     huge = dict.fromkeys(("learning_rate", "gate_learning_rate", "output_learning_rate"), 1e37)
     rates = fresh.optimizer.model_copy(update={**huge, "warmup_steps": 0})
-    limit = fresh.training.model_copy(update={"max_nonfinite_steps": 0})
+    limit = fresh.training.model_copy(update={"max_nonfinite_steps": 0, "sparsity_span": (0.0, 0.0)})
     with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
         train.run(fresh.model_copy(update={"optimizer": rates, "training": limit}))
     (run,) = in_mlflow(fresh)
