@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cortex_core.config import FastWeightsConfig
-from cortex_core.fast_weights.address import earlier
+from cortex_core.fast_weights.address import convolved
 
 
 class Adapters(nn.Module):
@@ -38,11 +38,7 @@ class Adapters(nn.Module):
         self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch heads tokens value_dim"]:
         """What is added to each token's values. `place` counts tokens within the segment."""
-        content = hidden @ self.value_down
-        mixed = content * self.value_taps[0]
-        for tap in range(1, min(len(self.value_taps), content.shape[1])):
-            mixed = mixed + earlier(content, tap, place) * self.value_taps[tap]
-        return self._by_head(mixed @ self.value_up)
+        return self._by_head(convolved(hidden @ self.value_down, self.value_taps, place) @ self.value_up)
 
     def read(self, out: Float[Tensor, "batch heads tokens value_dim"]) -> Float[Tensor, "batch heads tokens value_dim"]:
         """What was read, and what follows from the readings of all heads together."""

@@ -54,9 +54,7 @@ class Addresses(nn.Module):
 
     def _unit(self, content: Tensor, taps: Tensor, place: Tensor) -> Tensor:
         batch, tokens, _ = content.shape
-        mixed = content * taps[0]
-        for tap in range(1, min(len(taps), tokens)):
-            mixed = mixed + earlier(content, tap, place) * taps[tap]
+        mixed = convolved(content, taps, place)
         return functional.normalize(mixed.view(batch, tokens, self.heads, -1).transpose(1, 2), dim=-1, eps=1e-6)
 
 
@@ -65,6 +63,16 @@ def earlier(
 ) -> Float[Tensor, "batch tokens channels"]:
     """For every token, what stood `tap` (at least 1) tokens before it in its segment; 0 before the segment's start."""
     return functional.pad(x[:, :-tap], (0, 0, tap, 0)) * (place >= tap)[..., None]
+
+
+def convolved(
+    x: Float[Tensor, "batch tokens channels"], taps: Float[Tensor, "taps channels"], place: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens channels"]:
+    """A short causal convolution, each channel on its own, that begins anew with every segment."""
+    mixed = x * taps[0]
+    for tap in range(1, min(len(taps), x.shape[1])):
+        mixed = mixed + earlier(x, tap, place) * taps[tap]
+    return mixed
 
 
 def _one_tap(which: int, taps: int, channels: int) -> Tensor:
