@@ -273,6 +273,8 @@ def test_needles_are_looked_for_in_a_longer_haystack(demo: Demo, monkeypatch: py
 def test_rows_about_the_window_and_the_text(demo: Demo) -> None:
     (loss,) = recall.in_window_recall_loss_points(demo, set())
     assert loss.n == 60 and loss.low is not None and loss.high is not None and loss.low <= loss.value <= loss.high
+    (cut,) = recall.cut_question_recall(demo, set())
+    assert cut.n == recall.NUM_EXAMPLES and 0.0 <= cut.value <= 1.0
     (drift,) = cost.text_perplexity_drift_percent(demo, set())
     assert drift.n == 8 and abs(drift.value) < 50
     (overhead,) = cost.memory_overhead_ratio(demo, set())

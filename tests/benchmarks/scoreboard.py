@@ -64,6 +64,7 @@ def _one(measure: Measure, group: str, *, needs_run: bool = True) -> Measurement
 MEASUREMENTS = (
     Measurement(recall.recall_by_gap, recall.RECALL_ROWS, "recall"),
     _one(recall.bare_beyond_window, "recall"),
+    _one(recall.cut_question_recall, "recall"),
     _one(recall.in_window_recall_loss_points, "recall"),
     Measurement(associative_recall.associative_recall, associative_recall.ROWS, "mqar", needs_run=False),
     Measurement(safety.forgetting_one_fact, safety.FORGET_ROWS, "safety"),

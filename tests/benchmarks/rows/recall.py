@@ -63,6 +63,18 @@ def bare_beyond_window(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     )
 
 
+def cut_question_recall(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
+    """Accuracy where the end of a segment cuts the question: its first word ends one segment, its key begins the next.
+
+    200 held-out examples, two to three windows of text between fact and question; Wilson's interval.
+    """
+    task, window = demo.task("text"), demo.model.segment_tokens
+    told = task.overhead_tokens(0) - task.query_tokens(0)  # the same for every example
+    gap = 3 * window - 1 - told
+    found = measure(demo, task, [gap], range(NUM_EXAMPLES))[gap]
+    yield _recall_row("cut_question_recall", found, RECALL_GOAL)
+
+
 def in_window_recall_loss_points(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Accuracy of the bare model minus that with memory on, in points, where everything stands in one window.
 
