@@ -213,7 +213,7 @@ def print_summary(evaluation: Mapping[str, Any], console: Console | None = None)
     console = console or Console()
     for (task, filler), gaps in conditions(evaluation["rows"]).items():
         console.print(Text(f"{task}, filler: {filler}", style="bold"))
-        table = Table(box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("gap, tokens", "memory on", "95 % interval", "memory off", "95 % interval"):
             table.add_column(name, justify="right", no_wrap=True, min_width=12)
         for gap, pair in gaps.items():

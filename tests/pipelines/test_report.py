@@ -294,3 +294,7 @@ def test_the_summary_is_plain_and_fits_80_columns(encoding: str) -> None:
     ]  # fmt: skip
     for name, value, notes in findings(evaluation()):
         assert any(name in line and value in line and notes[0] in line for line in lines)
+    perfect = evaluation()
+    for row in perfect["rows"]:
+        row |= {"accuracy": 1.0, "low": wilson(200, 200).low, "high": 1.0}
+    assert summary(perfect, encoding=encoding).count("98.1 to 100.0 %") == len(perfect["rows"]), "the widest interval"
