@@ -140,10 +140,10 @@ def model(memory: FastWeightsConfig = MEMORY, *, open_gates: bool = False) -> Co
 
 
 def training(**settings: object) -> TrainingConfig:
-    """Short, without in-window sequences or averaging unless asked for."""
+    """Short, without windows beside the long sequences and without averaging unless asked for."""
     few = {
         "steps": 6, "batch_size": 4, "max_segments": 3, "short_frac": 0.3, "in_window_batch_size": 0,
-        "sparsity_weight": 0.02, "sparsity_margin": 0.1, "ema_decay": 0.0,
+        "filler_windows": 0, "sparsity_weight": 0.02, "sparsity_margin": 0.1, "ema_decay": 0.0,
     }  # fmt: skip
     return TrainingConfig(**few | settings)
 

@@ -83,6 +83,21 @@ class MemoryPass:
 
 
 @dataclass
+class GatePass(MemoryPass):
+    """One call in which memories are neither written nor read: what their write gates would say to its tokens."""
+
+    activations: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer [batch, heads, tokens], 0 to 1, before the dead zone."""
+
+    def after(self, module: nn.Module, q: Tensor, v: Tensor, attended: Tensor) -> Tensor:
+        if module in self.sidecars:
+            layer, sidecar = self.sidecars[module]
+            tokens = self._tokens(self._inputs.pop(module), v, attended)
+            self.activations[layer] = sidecar.activations(tokens, self.states[layer])
+        return attended
+
+
+@dataclass
 class GenerationPass(MemoryPass):
     """The calls of one generation: the open segment with its cache, then token by token, the state carried along."""
 

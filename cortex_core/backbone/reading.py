@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cortex_core.backbone.attention import attention_pass, only_at
 from cortex_core.backbone.forgetting import expired
-from cortex_core.backbone.passes import MemoryPass, States
+from cortex_core.backbone.passes import GatePass, MemoryPass, States
 from cortex_core.backbone.segments import Layout, Rows, Tags
 from cortex_core.backbone.session import Session
 from cortex_core.backbone.silence import context_after, silent_tokens
@@ -54,6 +54,19 @@ def read_segments(
         with only_at(wanted):
             logits = model.backbone(input_ids=flat, attention_mask=mask, use_cache=False).logits
     return logits[0] if wanted is not None else logits.view(batch, segments * width, -1), memory
+
+
+def gate_activations(
+    model: Cortex, input_ids: Int[Tensor, "windows width"], start: int, states: States
+) -> dict[int, Float[Tensor, "windows heads width"]]:
+    """Per layer, how near the write gates are to opening in windows that begin at position `start`, each a segment.
+
+    Nothing is written, and nothing is added to the backbone's own attention: exact for text in which no gate opens.
+    """
+    memory = GatePass(model.ports, states, Layout.plain(input_ids[:, None], start))
+    with attention_pass(memory):
+        model.reader(input_ids=input_ids, use_cache=False)
+    return memory.activations
 
 
 def advance(

@@ -133,14 +133,33 @@ class Sidecar(nn.Module):
         with torch.autocast(tokens.hidden.device.type, enabled=False):
             return self._read(tokens, initial_state, snapshot_segment, read, anchor, log)
 
+    def activations(self, tokens: LayerTokens, state: FastWeights) -> Float[Tensor, "batch heads tokens"]:
+        """The write gate's activations where nothing is written: `Reading.activation` of filler, at a fraction of the
+        cost, as the state stays what it is."""
+        with torch.autocast(tokens.hidden.device.type, enabled=False):
+            hidden, place, values = self._given(tokens)
+            gate = _Gate(self, tokens, hidden, place, values)
+            surprise = None
+            if gate.needs_surprise:
+                keys, _ = self.addresses(hidden, place, read=False)
+                surprise = signals.surprise(values, self.rule().predict(keys[:, :, -values.shape[2] :], state))
+            gate(surprise, slice(None))
+            return gate.modulated
+
+    def _given(self, tokens: LayerTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input and the place of each token in its segment, with context, and what there is to write."""
+        hidden, place = _with_context(tokens, self.config.taps)
+        values = tokens.values.float()
+        if self.adapters is not None:
+            values = values + self.adapters.values(hidden, place)[:, :, -values.shape[2] :]
+        if self.config.rule == "source":
+            values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
+        return hidden, place, values
+
     def _read(self, tokens, initial_state, snapshot_segment, read, anchor, log):  # noqa: ANN001, ANN202
         config = self.config
-        new, values = tokens.hidden.shape[1], tokens.values.float()
-        hidden, place = _with_context(tokens, config.taps)
-        if self.adapters is not None:
-            values = values + self.adapters.values(hidden, place)[:, :, -new:]
-        if config.rule == "source":
-            values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
+        new = tokens.hidden.shape[1]
+        hidden, place, values = self._given(tokens)
         keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, place, read=read))
         gate = _Gate(self, tokens, hidden, place, values)
         rule = self.rule()

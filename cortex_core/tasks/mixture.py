@@ -118,6 +118,13 @@ class Mixture:
                 weights.append(1 / len(config.names) / len(fillers))
         return cls(tuple(tasks), tuple(weights), split, seed)
 
+    @property
+    def fillers(self) -> tuple[Filler, ...]:
+        """What stands in gaps and is not itself to be remembered, one of each kind."""
+        kept = {task.filler.name for task in self.tasks if isinstance(task, CorpusText)}
+        found = {task.filler.name: task.filler for task in self.tasks}
+        return tuple(filler for name, filler in found.items() if name not in kept)
+
     def task(self, index: int) -> TextTask:
         """The task of example `index`."""
         rng = np.random.default_rng([self.seed, SPLIT_CODES[self.split], index, _DRAW])

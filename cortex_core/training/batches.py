@@ -12,7 +12,7 @@ from cortex_core.config import TasksConfig, TrainingConfig
 from cortex_core.tasks.mixture import Mixture
 from cortex_core.training.objectives import Batch
 
-_LENGTH_STREAM, _NOISE_STREAM = 11, 12
+_LENGTH_STREAM, _NOISE_STREAM, _FILLER_STREAM = 11, 12, 13
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,13 @@ class BatchSource:
         """Tokens that all workers together read in one step; windows count twice: bare, and with memory."""
         segments, width = self.shape(step)
         long = self.training.batch_size * segments * width
-        return long + 2 * self.training.in_window_batch_size * self.segment_tokens
+        windows = 2 * self.training.in_window_batch_size + (self._filler_windows if self.long.fillers else 0)
+        return long + windows * self.segment_tokens
+
+    @property
+    def _filler_windows(self) -> int:
+        """Per step, over all workers."""
+        return self.training.filler_windows * self.training.batch_size
 
     def calibration_ids(self) -> torch.Tensor:
         """What new addresses are fitted on, int64 [windows, segment_tokens]: such as in-window batches hold."""
@@ -85,7 +91,16 @@ class BatchSource:
             torch.from_numpy(self._noise(rows, segments * width)).view(shape),
             torch.from_numpy(ids),
             torch.from_numpy(asked),
+            torch.from_numpy(self._filler(_share(self._filler_windows, step, part, parts))),
         )
+
+    def _filler(self, rows: range) -> np.ndarray:
+        """Windows of what stands in the gaps, int64 [rows, segment_tokens]; none where all text is to be remembered."""
+        fillers = self.long.fillers if rows else ()
+        if not fillers:
+            return np.zeros((0, self.segment_tokens), np.int64)
+        seeds = [(self.seed, row, _FILLER_STREAM) for row in rows]
+        return np.stack([fillers[seed[1] % len(fillers)].tokens(seed, self.segment_tokens) for seed in seeds])
 
     def _noise(self, rows: range, tokens: int) -> np.ndarray:
         """Which tokens of these sequences are written whatever the gate says, bool [rows, tokens]."""

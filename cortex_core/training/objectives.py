@@ -13,7 +13,7 @@ from torch.nn import functional
 from cortex_core.backbone.attention import only_at
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.passes import MemoryPass, States
-from cortex_core.backbone.reading import read_segments
+from cortex_core.backbone.reading import gate_activations, read_segments
 from cortex_core.backbone.segments import Layout
 from cortex_core.config import TrainingConfig
 from cortex_core.fast_weights.gate import margin_penalty
@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     in_window_ids: Int[Tensor, "windows width"]
     """Windows that the bare model handles alone; may be empty (0 rows)."""
     in_window_answer: Bool[Tensor, "windows width"]
+    filler_ids: Int[Tensor, "fillers width"]
+    """Windows in which nothing is worth writing; may be empty (0 rows)."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -63,6 +65,10 @@ class ReadingLoss(nn.Module):
             "memory/write_frac": _write_frac(passes),
             "memory/state_norm": _state_norm(passes[-1].final),
         }
+        if len(batch.filler_ids) and sparsity > 0.0:
+            leak = self._leak(batch.filler_ids, batch.input_ids[0].numel(), passes[-1].final)
+            loss = loss + sparsity * self.config.sparsity_weight * leak
+            metrics["loss/filler"] = leak.detach()
         if len(batch.in_window_ids):
             kl = self._kl_to_bare_model(batch, passes[-1].final)
             loss = loss + self.config.kl_weight * kl
@@ -94,6 +100,17 @@ class ReadingLoss(nn.Module):
         target = batch.input_ids.flatten(1)[:, 1:][before[:, :-1]]
         return logits, target, before.nonzero()[:, 0], passes
 
+    def _leak(self, ids: Tensor, start: int, states: States) -> Tensor:
+        """How far gates stand above the margin in filler, in activation: per window, the mean over those that do.
+
+        Each of them is an error, however few they are. In a mean over all gates, the last one in a thousand would weigh
+        a thousandth of what it takes to push it shut.
+        """
+        found = gate_activations(self.model, ids, start, _of_other_rows(states, len(ids)))
+        dead_zone, margin = self.model.fast_weights.dead_zone, self.config.sparsity_margin
+        excess = torch.stack([margin_penalty(gate, dead_zone, margin).flatten(1) for gate in found.values()], dim=1)
+        return (excess.sum((1, 2)) / (1 + (excess > 0).sum((1, 2)))).mean()
+
     def _kl_to_bare_model(self, batch: Batch, states: States) -> Tensor:
         """KL(bare || with memory), nats: of text plus of answers. The memory is full of other facts.
 
@@ -105,9 +122,7 @@ class ReadingLoss(nn.Module):
         wanted[:, ::KL_STRIDE] = True
         with torch.no_grad(), only_at(wanted):
             bare = self.model.backbone(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-        # In proportion, not in turn: so that a share of the batch pairs windows with the rows that the whole would.
-        rows = torch.arange(len(ids), device=ids.device) * len(batch.input_ids) // len(ids)
-        other = {n: s.map(lambda part: part.detach()[rows]) for n, s in states.items()}
+        other = _of_other_rows(states, len(ids))
         layout = Layout.plain(ids[:, None], batch.input_ids[0].numel())
         logits, _ = read_segments(self.model, ids[:, None], layout, other, predict=wanted[:, None])
         assert logits is not None
@@ -115,6 +130,16 @@ class ReadingLoss(nn.Module):
         at_answers, row = asked[wanted], wanted.nonzero()[:, 0]
         text = _mean_of_rows(kl[~at_answers], row[~at_answers], len(ids))
         return text + _mean_of_rows(kl[at_answers], row[at_answers], len(ids))
+
+
+def _of_other_rows(states: States, windows: int) -> States:
+    """Per window the state of a row, without its gradient: a memory that is full of other facts.
+
+    In proportion, not in turn: so that a share of the batch pairs windows with the rows that the whole would.
+    """
+    batch = len(next(iter(states.values())).up)
+    rows = torch.arange(windows) * batch // windows
+    return {n: s.map(lambda part: part.detach()[rows.to(part.device)]) for n, s in states.items()}
 
 
 def _before(answer: Bool[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:

@@ -13,10 +13,10 @@ BATCH, TOKENS = 2, 21
 SHAPE = LayerShape(hidden=24, heads=3, head_dim=8, value_dim=8)
 
 
-def sidecar() -> Sidecar:
+def sidecar(**settings: object) -> Sidecar:
     """Writes some tokens and adds to all of them."""
     torch.manual_seed(0)
-    made = Sidecar(SHAPE, FastWeightsConfig(rank=8, chunk_size=8))
+    made = Sidecar(SHAPE, FastWeightsConfig(**{"rank": 8, "chunk_size": 8} | settings))
     nn.init.constant_(made.output_gate, 1.5)
     for weights in (made.write_gate.weight, made.addresses.key_taps, made.addresses.query_taps):
         nn.init.normal_(weights, std=0.3)
@@ -73,3 +73,25 @@ def test_a_forced_token_is_written_whatever_the_gate_says(stepwise: bool) -> Non
     shut, _ = memory(read._replace(forced=None), empty, anchor=empty if stepwise else None)
     assert not shut.final_state.up.any()
     assert bool((reading.activation < memory.config.dead_zone).all()), "the penalty sees the gate itself"
+
+
+@pytest.mark.parametrize("rule", ["delta", "hebbian", "source"])
+def test_activations_are_those_of_a_reading_that_writes_nothing(rule: str) -> None:
+    """With a memory that holds something, or surprise would be the same everywhere; after a few tokens of context."""
+    memory = sidecar(rule=rule, write_strength=0.02, adapter_rank=2)
+    nn.init.normal_(memory.controller.out.weight)
+    nn.init.normal_(memory.adapters.value_up)
+    _, full = memory(tokens(), memory.empty_state(BATCH))
+    read = tokens()._replace(hidden=tokens().hidden.flip(1), before=torch.randn(BATCH, 3, SHAPE.hidden))
+    silent = read._replace(silent=torch.ones(BATCH, TOKENS, dtype=torch.bool))
+    reading, _ = memory(silent, full)
+    found = memory.activations(read, full)
+    assert torch.allclose(found, reading.activation, atol=1e-6)
+    assert not torch.allclose(memory.activations(read, memory.empty_state(BATCH)), found, atol=1e-4)
+    found.sum().backward()
+    got = {name: p.grad for name, p in memory.named_parameters() if p.grad is not None}
+    memory.zero_grad()
+    reading.activation.sum().backward()
+    for name, p in memory.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        assert torch.allclose(got.get(name, torch.zeros_like(p)), expected, atol=1e-5), name

@@ -16,7 +16,8 @@ from tests.tiny import SEGMENT
 
 
 def source(seed: int = 0, **training: object) -> BatchSource:
-    return tiny.batches(tiny.training(batch_size=8, in_window_batch_size=8, **training), seed=seed)
+    settings = {"batch_size": 8, "in_window_batch_size": 8, "filler_windows": 2} | training
+    return tiny.batches(tiny.training(**settings), seed=seed)
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -35,6 +36,7 @@ def test_a_step_is_always_the_same_batch() -> None:
     for step in (0, 3, 5):
         assert equal(whole(first, step), whole(again, step))
         assert not torch.equal(whole(first, step).in_window_ids, whole(other_seed, step).in_window_ids)
+        assert not torch.equal(whole(first, step).filler_ids, whole(other_seed, step).filler_ids)
     later, earlier = whole(first, 4), whole(first, 2)  # in any order
     assert equal(later, whole(again, 4)) and equal(earlier, whole(again, 2))
 
@@ -102,11 +104,14 @@ def test_no_segment_is_wider_than_the_window() -> None:
 @pytest.mark.parametrize("windows", [0, 4])
 def test_tokens_are_those_that_all_workers_read(windows: int) -> None:
     of = tiny.batches(
-        tiny.training(steps=6, batch_size=4, in_window_batch_size=windows, max_segments=4, accumulation_steps=2)
-    )
+        tiny.training(
+            steps=6, batch_size=4, in_window_batch_size=windows, max_segments=4, accumulation_steps=2,
+            filler_windows=windows,
+        )
+    )  # fmt: skip
     for step in range(6):
         parts = [part for rank in range(2) for part in of.micro_batches(step, rank, 2)]
-        read = sum(part.input_ids.numel() + 2 * part.in_window_ids.numel() for part in parts)
+        read = sum(part.input_ids.numel() + 2 * part.in_window_ids.numel() + part.filler_ids.numel() for part in parts)
         assert of.tokens(step) == read
 
 
@@ -153,3 +158,24 @@ def test_write_noise_is_the_share_of_forced_tokens() -> None:
     assert noisy.numel() > 2000 and noisy.mean().item() == pytest.approx(0.05, abs=0.02)
     other = whole(source(seed=1, write_noise=0.05), 5).forced
     assert not torch.equal(whole(source(write_noise=0.05), 5).forced, other)
+
+
+def test_filler_windows_hold_each_kind_of_filler_and_never_a_fact() -> None:
+    of = source(filler_windows=3)
+    found = torch.cat([whole(of, step).filler_ids for step in range(6)])
+    assert found.shape == (6 * 3 * 8, SEGMENT) and len({tuple(row) for row in found.tolist()}) > 100
+    assert not (found == tiny.vocabulary().pieces[" remember"][0]).any()
+    alone = {name: tiny.TASKS.model_copy(update={"fillers": (name,)}) for name in ("text", "random")}
+    kinds = {}
+    for name, tasks in alone.items():
+        (batch,) = tiny.batches(tiny.training(filler_windows=8), tasks).micro_batches(0, 0, 1)
+        kinds[name] = batch.filler_ids.flatten().unique().numel()
+    assert kinds["random"] > 1.2 * kinds["text"], "random tokens are of more kinds than text"
+
+
+def test_text_that_is_to_be_remembered_is_no_filler() -> None:
+    tasks = tiny.TASKS.model_copy(update={"names": ("corpus",)})
+    of = tiny.batches(tiny.training(filler_windows=4), tasks)
+    (batch,) = of.micro_batches(5, 0, 1)
+    assert batch.filler_ids.shape == (0, SEGMENT) and batch.filler_ids.dtype == torch.int64
+    assert of.tokens(5) == batch.input_ids.numel()

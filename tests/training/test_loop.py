@@ -87,11 +87,14 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     assert before > 1e-3 and clipped == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("windows", [0, 4])
-def test_two_halves_are_one_batch(windows: int) -> None:
+@pytest.mark.parametrize(("windows", "fillers"), [(0, 0), (4, 3)])
+def test_two_halves_are_one_batch(windows: int, fillers: int) -> None:
     found = []
     for parts in (1, 2):
-        config = tiny.training(batch_size=4, accumulation_steps=parts, in_window_batch_size=windows)
+        config = tiny.training(
+            batch_size=4, accumulation_steps=parts, in_window_batch_size=windows, filler_windows=fillers,
+            sparsity_span=(0.0, 0.0),
+        )  # fmt: skip
         of = tiny.learner(config, tiny.model(open_gates=True))
         metrics = tiny.train(of, tiny.batches(config), 1)
         found.append((tiny.weights(of.model.sidecars), {n: p.grad.clone() for n, p in of.parameters.items()}, metrics))

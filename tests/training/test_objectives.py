@@ -23,7 +23,9 @@ from tests.tiny import SEGMENT
 ROWS, SEGMENTS, WINDOWS = 3, 5, 3
 
 
-def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, seed: int = 1) -> Batch:
+def random_batch(
+    first_answer_segment: int = SEGMENTS - 1, windows: int = 0, seed: int = 1, fillers: int = 0
+) -> Batch:
     """Random tokens; answers in each segment from `first_answer_segment` on, and in each window but one.
 
     Rows and windows differ in how many they have: a mean over rows is not a mean over answers.
@@ -42,7 +44,7 @@ def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, see
     asked[1:, [5, 9]] = True
     asked[2:, 12] = True
     forced = torch.rand(answer.shape, generator=generator) < 0.05
-    return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, forced, ids(windows, SEGMENT), asked)
+    return Batch(ids(ROWS, SEGMENTS, SEGMENT), answer, forced, ids(windows, SEGMENT), asked, ids(fillers, SEGMENT))
 
 
 def plain_reading(
@@ -86,6 +88,22 @@ def mean_of_rows(logits: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def plain_leak(model: Cortex, batch: Batch, memory: MemoryPass, limit: float) -> Tensor:
+    """Window by window, gate by gate."""
+    total = torch.zeros(())
+    for number, ids in enumerate(batch.filler_ids):
+        row = number * ROWS // len(batch.filler_ids)
+        state = {n: FastWeights(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
+        layout = Layout.plain(ids[None, None], SEGMENTS * SEGMENT)
+        silent = layout._replace(silent=torch.ones_like(layout.valid))
+        _, read = read_segments(model, ids[None, None], silent, state, predict=False)
+        gates = torch.cat([reading.activation.flatten() for reading in read.readings.values()])
+        above = gates[gates > limit] - limit
+        assert 0 < len(above) < len(gates)
+        total = total + above.sum() / (1 + len(above))
+    return total / len(batch.filler_ids)
+
+
 def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
     """The objective as one would write it down."""
     logits, memory = plain_reading(model, batch.input_ids, config.read_strength, batch.forced)
@@ -95,6 +113,8 @@ def plain_loss(model: Cortex, batch: Batch, config: TrainingConfig) -> Tensor:
     loss = answers + config.sparsity_weight * (gates - limit).clamp_min(0).mean()
     if len(batch.in_window_ids):
         loss = loss + config.kl_weight * plain_kl(model, batch, memory)
+    if len(batch.filler_ids):
+        loss = loss + config.sparsity_weight * plain_leak(model, batch, memory, limit)
     return loss
 
 
@@ -111,11 +131,11 @@ def worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("first_answer_segment", [0, 2, SEGMENTS - 1])
-@pytest.mark.parametrize("windows", [0, WINDOWS])
-def test_loss_and_gradients_are_those_of_a_plain_reading(first_answer_segment: int, windows: int) -> None:
+@pytest.mark.parametrize(("windows", "fillers"), [(0, 0), (WINDOWS, 0), (0, 2 * ROWS), (WINDOWS, ROWS)])
+def test_loss_and_gradients_are_those_of_a_plain_reading(first_answer_segment: int, windows: int, fillers: int) -> None:
     """So reading the leading segments without the upper layers, and logits at answers alone, change nothing."""
     model, config = tiny.model(open_gates=True), tiny.training(kl_weight=0.7, sparsity_weight=0.3)
-    batch = random_batch(first_answer_segment, windows)
+    batch = random_batch(first_answer_segment, windows, fillers=fillers)
     loss, metrics = ReadingLoss(model, config)(batch)
     expected = plain_loss(model, batch, config)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -233,6 +253,10 @@ def without_windows(batch: Batch) -> Batch:
     return batch._replace(in_window_ids=batch.in_window_ids[:0], in_window_answer=batch.in_window_answer[:0])
 
 
+def without_filler(batch: Batch) -> Batch:
+    return batch._replace(filler_ids=batch.filler_ids[:0])
+
+
 def test_windows_see_what_the_sequences_wrote_and_do_not_train_it() -> None:
     """The memory is full of other facts while windows are read; KL may not make it write less of them."""
     model, batch = tiny.model(open_gates=True), random_batch(windows=WINDOWS)
@@ -269,11 +293,31 @@ def test_answers_come_from_a_share_of_the_reading_and_windows_from_all_of_it() -
     assert share["loss/in_window_kl_nats"].item() == pytest.approx(whole["loss/in_window_kl_nats"].item(), rel=1e-5)
 
 
+def test_filler_is_read_once_the_write_penalty_begins() -> None:
+    """Before, no gate may be pushed shut: it would never find what is worth writing."""
+    model, batch = tiny.model(open_gates=True), random_batch(fillers=ROWS)
+    objective = ReadingLoss(model, tiny.training())
+    with Embeddings(model) as seen:
+        _, before = objective(batch, sparsity=0.0)
+        early = len(seen.leaves)
+        _, after = objective(batch, sparsity=0.5)
+    assert "loss/filler" not in before and float(after["loss/filler"]) > 0.01
+    assert len(seen.leaves) == 2 * early + 1
+
+
+def test_filler_trains_the_gates_and_nothing_else() -> None:
+    model, config = tiny.model(open_gates=True), tiny.training()
+    batch = random_batch(fillers=2 * ROWS)
+    found = [gradients(ReadingLoss(model, config)(each)[0], model) for each in (batch, without_filler(batch))]
+    changed = {name.split(".")[1] for name in found[0] if not torch.equal(found[0][name], found[1][name])}
+    assert changed == {"write_gate", "controller"}
+
+
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_weights_scale_their_parts(weight: float) -> None:
-    model, batch = tiny.model(open_gates=True), random_batch(windows=WINDOWS)
+    model, batch = tiny.model(open_gates=True), random_batch(windows=WINDOWS, fillers=ROWS)
     loss, metrics = ReadingLoss(model, tiny.training(kl_weight=weight, sparsity_weight=weight))(batch)
-    others = weight * (metrics["loss/sparsity"] + metrics["loss/in_window_kl_nats"])
+    others = weight * (metrics["loss/sparsity"] + metrics["loss/filler"] + metrics["loss/in_window_kl_nats"])
     assert loss.item() == pytest.approx((metrics["loss/answer_nats"] + others).item(), rel=1e-6)
 
 
@@ -284,9 +328,10 @@ def parts_of(batch: Batch, number: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("number", "rows", "windows"), [(2, 8, 0), (4, 8, 0), (2, 8, 8), (2, 8, 4), (2, 4, 8)])
-def test_the_loss_is_the_mean_over_equal_shares(number: int, rows: int, windows: int) -> None:
+@pytest.mark.parametrize("fillers", [0, 3])
+def test_the_loss_is_the_mean_over_equal_shares(number: int, rows: int, windows: int, fillers: int) -> None:
     """Or a run would learn something else on another number of workers."""
-    config = tiny.training(batch_size=rows, in_window_batch_size=windows)
+    config = tiny.training(batch_size=rows, in_window_batch_size=windows, filler_windows=fillers)
     (batch,) = tiny.batches(config).micro_batches(3, 0, 1)
     objective = ReadingLoss(tiny.model(open_gates=True), config)
     whole, _ = objective(batch)
