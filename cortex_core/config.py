@@ -259,7 +259,7 @@ class TrainingConfig(Settings):
     found before. By default it rises while two segments of half the window are read."""
     sparsity_margin: NonNegative = 0.4
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
-    filler_windows: Annotated[int, Field(ge=0)] = 6
+    filler_windows: Annotated[int, Field(ge=0)] = 2
     """Windows of nothing but filler per long sequence, on which gates that come near opening are pushed shut: a long
     text holds far more of it than the sequences that are trained on. 0 turns them off."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98

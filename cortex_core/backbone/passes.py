@@ -71,15 +71,10 @@ class MemoryPass:
             valid=layout.to_sequences(layout.valid),
             positions=layout.positions(),
             reward=layout.to_sequences(layout.reward),
-            place=self._place(hidden),
             segment_tokens=hidden.shape[1],
             silent=None if layout.silent is None else layout.to_sequences(layout.silent),
             forced=None if layout.forced is None else layout.to_sequences(layout.forced),
         )
-
-    def _place(self, hidden: Tensor) -> Tensor:
-        width = torch.arange(hidden.shape[1], device=hidden.device)
-        return width.repeat(self.layout.segments).expand(len(hidden) // self.layout.segments, -1)
 
 
 @dataclass
@@ -103,8 +98,6 @@ class GenerationPass(MemoryPass):
 
     anchors: States = field(default_factory=dict)
     """Per layer, the state at the start of the open segment."""
-    context: dict[int, Tensor] = field(default_factory=dict)
-    """Per layer, its input at the last few tokens."""
     write_new: bool = True
     """Whether tokens that are made are written before their segment closes. A write filter cannot know yet."""
 
@@ -127,19 +120,10 @@ class GenerationPass(MemoryPass):
         )
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:
-        before, taps = self.context.get(layer), sidecar.config.taps - 1
-        if before is not None:
-            self.context[layer] = torch.cat([before, tokens.hidden], dim=1)[:, -taps:] if taps else before
-            return sidecar(tokens._replace(before=before), self.states[layer], anchor=self.anchors[layer])[0]
-        self.context[layer], self.anchors[layer] = _last(tokens.hidden, tokens.valid.sum(1), taps), self.states[layer]
+        if layer in self.anchors:
+            return sidecar(tokens, self.states[layer], anchor=self.anchors[layer])[0]
+        self.anchors[layer] = self.states[layer]
         return sidecar(tokens, self.states[layer])[0]
-
-
-def _last(x: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of each row [rows, count, …]; zeros where a row is shorter."""
-    index = lengths[:, None] - count + torch.arange(count, device=x.device)
-    found = x.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, x.shape[-1]))
-    return found * (index >= 0)[..., None]
 
 
 def _for_queries(v: Tensor, heads: int) -> Tensor:

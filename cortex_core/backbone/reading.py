@@ -57,15 +57,15 @@ def read_segments(
 
 
 def gate_activations(
-    model: Cortex, input_ids: Int[Tensor, "windows width"], start: int, states: States
-) -> dict[int, Float[Tensor, "windows heads width"]]:
-    """Per layer, how near the write gates are to opening in windows that begin at position `start`, each a segment.
+    model: Cortex, input_ids: Int[Tensor, "batch segments width"], start: int, states: States
+) -> dict[int, Float[Tensor, "batch heads tokens"]]:
+    """Per layer, how near the write gates are to opening in segments that begin at position `start`.
 
     Nothing is written, and nothing is added to the backbone's own attention: exact for text in which no gate opens.
     """
-    memory = GatePass(model.ports, states, Layout.plain(input_ids[:, None], start))
+    memory = GatePass(model.ports, states, Layout.plain(input_ids, start))
     with attention_pass(memory):
-        model.reader(input_ids=input_ids, use_cache=False)
+        model.reader(input_ids=input_ids.flatten(0, 1), use_cache=False)
     return memory.activations
 
 

@@ -21,7 +21,7 @@ from cortex_core.backbone.session_tensors import log_tensors, row_tensors, state
 from cortex_core.backbone.write_log import Write, WriteLog
 from cortex_core.errors import ConfigError
 
-SCHEMA = "cortex-session/2"
+SCHEMA = "cortex-session/3"
 
 
 class Session:
@@ -86,7 +86,7 @@ class Session:
     def reset(self) -> None:
         """Forget everything: the session is as new."""
         batch, device = self.batch_size, self.start_tokens.device
-        self.states = {layer: s.map(lambda part: part.expand(batch, -1, -1, -1)) for layer, s in self.empty.items()}
+        self.states = {layer: s.map(lambda part: part.expand(batch, *part.shape[1:])) for layer, s in self.empty.items()}
         self.open_rows = Rows.empty(batch, device)
         self.start_tokens = torch.zeros_like(self.start_tokens)
         self.before = None

@@ -17,8 +17,8 @@ from cortex_core.backbone.session_tensors import SCALE, log_tensors, row_tensors
 from cortex_core.backbone.write_log import LayerLog, WriteLog
 from cortex_core.errors import DataError, IncompatibleError
 
-READABLE = (SCHEMA, "cortex-session/1")
-"""The first version has neither log nor int8."""
+READABLE = (SCHEMA, "cortex-session/2", "cortex-session/1")
+"""The second version has no context; the first has neither log nor int8."""
 UNIT = 1.0 + 1e-4
 """Longest key, with what rounding may add."""
 
@@ -47,7 +47,11 @@ def load_session(
     dtype = metadata.get("dtype", "float32")
     if dtype not in ("float32", "int8"):
         raise DataError(f"session file {path}: dtype is {dtype!r}, this version reads 'float32' and 'int8'")
-    _check_shapes(path, tensors, _expected(path, tensors, like, dtype, log), segment_tokens, log)
+    expected = _expected(path, tensors, like, dtype, log)
+    if metadata["schema"] != SCHEMA:  # its segments knew nothing of what stood before them
+        nothing = {name: wanted for name, wanted in expected.items() if ".context" in name}
+        tensors |= {name: torch.full(shape, name.endswith(SCALE), dtype=kind) for name, (shape, kind) in nothing.items()}
+    _check_shapes(path, tensors, expected, segment_tokens, log)
     _check_values(path, tensors, vocab_size)
     if log is not None:
         _check_log(path, tensors, like, log, vocab_size, write_strength)
@@ -62,7 +66,8 @@ def load_session(
 
 def _log(tensors: Mapping[str, Tensor], like: Session, settings: dict[str, Any]) -> WriteLog:
     layers = {}
-    for layer, base in states_of("base", tensors, like.states).items():
+    bases = states_of("base", tensors, {n: state.matrices for n, state in like.states.items()})
+    for layer, base in bases.items():
         prefix = f"log.{layer}."
         parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
         layers[layer] = LayerLog.from_tensors(base, parts)

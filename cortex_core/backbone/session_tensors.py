@@ -17,7 +17,7 @@ SCALE = ".scale"
 
 
 def state_tensors(prefix: str, states: Mapping[int, FastWeights], dtype: str) -> dict[str, Tensor]:
-    """`<prefix>.<layer>.up` and `.down`; as int8, each with its `.scale`."""
+    """`<prefix>.<layer>.up`, `.down` and `.context`; as int8, each with its `.scale`."""
     tensors = {
         f"{prefix}.{layer}.{name}": part
         for layer, state in states.items()
@@ -38,10 +38,11 @@ def states_of(prefix: str, tensors: Mapping[str, Tensor], like: States) -> State
         scale = tensors.get(name + SCALE)
         return tensors[name] if scale is None else from_int8(tensors[name], scale)
 
-    return {
-        layer: FastWeights(part(f"{prefix}.{layer}.up"), None if s.down is None else part(f"{prefix}.{layer}.down"))
-        for layer, s in like.items()
-    }
+    def state(layer: int, like: FastWeights) -> FastWeights:
+        names = [name for name, part in like._asdict().items() if part is not None]
+        return FastWeights(**{name: part(f"{prefix}.{layer}.{name}") for name in names})
+
+    return {layer: state(layer, s) for layer, s in like.items()}
 
 
 def row_tensors(prefix: str, rows: Rows) -> dict[str, Tensor]:

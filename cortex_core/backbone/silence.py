@@ -28,7 +28,6 @@ def silent_tokens(model: Cortex, session: Session, rows: Rows) -> Bool[Tensor, "
     if model.write_filter is None:
         return forgotten
     found = _filtered(model, session, rows)
-    found = _with_taps(found, model.fast_weights.taps - 1, model.segment_tokens)
     return found if forgotten is None else found | forgotten
 
 
@@ -38,12 +37,18 @@ def context_after(model: Cortex, session: Session, rows: Rows, closed_tokens: In
         return None
     before = session.before or Rows.empty(session.batch_size, rows.lengths.device)
     known = before.then(rows._replace(tags=None)).upto(before.lengths + closed_tokens)
-    return known.after((known.lengths - model.write_filter.context_tokens).clamp_min(0))
+    return known.after((known.lengths - _context_tokens(model)).clamp_min(0))
+
+
+def _context_tokens(model: Cortex) -> int:
+    """Tokens before a segment that the filter sees: as many as it asks for, and those at which a gate looks back."""
+    assert model.write_filter is not None
+    return max(model.write_filter.context_tokens, model.fast_weights.taps - 1)
 
 
 def _filtered(model: Cortex, session: Session, rows: Rows) -> Bool[Tensor, "batch tokens"]:
     assert model.write_filter is not None
-    width, context = model.segment_tokens, model.write_filter.context_tokens
+    width, context, taps = model.segment_tokens, _context_tokens(model), model.fast_weights.taps - 1
     before = session.before or Rows.empty(session.batch_size, rows.lengths.device)
     windows, cut, places = [], [], []
     for row, (ids, length) in enumerate(zip(rows.input_ids.tolist(), rows.lengths.tolist(), strict=True)):
@@ -56,15 +61,14 @@ def _filtered(model: Cortex, session: Session, rows: Rows) -> Bool[Tensor, "batc
             places.append((row, start - len(earlier), start - first))
     found = torch.zeros_like(rows.input_ids, dtype=torch.bool)
     for (row, start, skipped), mask in zip(places, model.write_filter(windows, cut), strict=True):
-        own = mask[skipped:]
-        found[row, start : start + len(own)] = torch.tensor(own, dtype=torch.bool)
+        own = _with_taps(torch.tensor(mask, dtype=torch.bool), taps)[skipped:]
+        found[row, start : start + len(own)] = own
     return found
 
 
-def _with_taps(found: Bool[Tensor, "batch tokens"], taps: int, width: int) -> Bool[Tensor, "batch tokens"]:
-    """Also the `taps` tokens behind each, within its segment."""
-    place = torch.arange(found.shape[1], device=found.device) % width
+def _with_taps(found: Bool[Tensor, " tokens"], taps: int) -> Bool[Tensor, " tokens"]:
+    """Also the `taps` tokens behind each."""
     wider = found
-    for tap in range(1, min(taps, found.shape[1] - 1) + 1):
-        wider = wider | (torch.nn.functional.pad(found[:, :-tap], (tap, 0)) & (place >= tap))
+    for tap in range(1, min(taps, len(found) - 1) + 1):
+        wider = wider | torch.nn.functional.pad(found[:-tap], (tap, 0))
     return wider

@@ -42,7 +42,7 @@ class LayerLog(NamedTuple):
     """The writes of one layer, oldest first; rows are ragged, padded on the right."""
 
     base: FastWeights
-    """The state at `start`."""
+    """The state at `start`, its matrices alone."""
     start: Int[Tensor, " batch"]
     counts: Int[Tensor, " batch"]
     positions: Int[Tensor, "batch writes"]
@@ -54,6 +54,7 @@ class LayerLog(NamedTuple):
     @classmethod
     def empty(cls, base: FastWeights, key_dim: int) -> LayerLog:
         """Nothing was written since `base`."""
+        base = base.matrices
         batch, heads, _, value_dim = base.up.shape
         start = torch.zeros(batch, dtype=torch.long, device=base.up.device)
         numbers, doses = start.new_zeros(batch, 0), base.up.new_zeros(batch, heads, 0)
@@ -81,7 +82,7 @@ class LayerLog(NamedTuple):
         return self._replace(counts=counts, **numbers, written=self.written.then(other.written)).where(kept)
 
     def replayed(self, sidecar: Sidecar, stop: Int[Tensor, " batch"]) -> FastWeights:
-        """The state at position `stop`."""
+        """The matrices at position `stop`."""
         config = sidecar.config
         with torch.autocast(self.start.device.type, enabled=False):
             return replay(
@@ -204,9 +205,8 @@ class WriteLog:
             if bool(lost.any()):
                 layers[layer] = log.where(~lost)
                 # A row that has not read as far as `stop` keeps its state and loses nothing: no replay beyond its end.
-                after[layer] = FastWeights.where(
-                    lost.any(1), layers[layer].replayed(sidecars[layer], stop), states[layer]
-                )
+                replayed = layers[layer].replayed(sidecars[layer], stop)._replace(context=states[layer].context)
+                after[layer] = FastWeights.where(lost.any(1), replayed, states[layer])
         return replace(self, layers=layers), after
 
     def fitted(self, sidecars: Mapping[int, Sidecar]) -> WriteLog:

@@ -8,7 +8,7 @@ two earlier, or where a reading has to take its place beside what the layer's at
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cortex_core.config import FastWeightsConfig
@@ -34,11 +34,9 @@ class Adapters(nn.Module):
         self.read_bias = nn.Parameter(torch.zeros(width))
         self.attention_share = nn.Parameter(torch.zeros(heads))
 
-    def values(
-        self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch heads tokens value_dim"]:
-        """What is added to each token's values. `place` counts tokens within the segment."""
-        return self._by_head(convolved(hidden @ self.value_down, self.value_taps, place) @ self.value_up)
+    def values(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch heads tokens value_dim"]:
+        """What is added to each token's values."""
+        return self._by_head(convolved(hidden @ self.value_down, self.value_taps) @ self.value_up)
 
     def read(self, out: Float[Tensor, "batch heads tokens value_dim"]) -> Float[Tensor, "batch heads tokens value_dim"]:
         """What was read, and what follows from the readings of all heads together."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,12 +27,12 @@ class Addresses(nn.Module):
         self.live: Tensor  # 1 for the dimensions that are used, 0 for those that were pruned (`ranks`)
 
     def forward(
-        self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"], *, read: bool
+        self, hidden: Float[Tensor, "batch tokens hidden"], *, read: bool
     ) -> tuple[Float[Tensor, "batch heads tokens rank"], Float[Tensor, "batch heads tokens rank"]]:
-        """Keys and queries. `place` counts tokens within the segment. Without `read`, queries are the keys, unused."""
+        """Keys and queries. Without `read`, queries are the keys, unused."""
         content = hidden @ (self.content * self.live.flatten())
-        keys = self._unit(content, self.key_taps, place)
-        return keys, self._unit(content, self.query_taps, place) if read else keys
+        keys = self._unit(content, self.key_taps)
+        return keys, self._unit(content, self.query_taps) if read else keys
 
     @torch.no_grad()
     def whiten(self, hidden: Float[Tensor, "tokens hidden"]) -> None:
@@ -52,26 +52,26 @@ class Addresses(nn.Module):
         root = (vectors * values.clamp_min(1e-12).rsqrt()) @ vectors.T
         self.content.copy_((root @ self.content.double()).to(self.content.dtype))
 
-    def _unit(self, content: Tensor, taps: Tensor, place: Tensor) -> Tensor:
+    def _unit(self, content: Tensor, taps: Tensor) -> Tensor:
         batch, tokens, _ = content.shape
-        mixed = convolved(content, taps, place)
+        mixed = convolved(content, taps)
         return functional.normalize(mixed.view(batch, tokens, self.heads, -1).transpose(1, 2), dim=-1, eps=1e-6)
 
 
 def earlier(
-    x: Float[Tensor, "batch tokens channels"], tap: int, place: Int[Tensor, "batch tokens"]
+    x: Float[Tensor, "batch tokens channels"], tap: int
 ) -> Float[Tensor, "batch tokens channels"]:
-    """For every token, what stood `tap` (at least 1) tokens before it in its segment; 0 before the segment's start."""
-    return functional.pad(x[:, :-tap], (0, 0, tap, 0)) * (place >= tap)[..., None]
+    """For every token, what stood `tap` (at least 1) tokens before it; 0 before the first."""
+    return functional.pad(x[:, :-tap], (0, 0, tap, 0))
 
 
 def convolved(
-    x: Float[Tensor, "batch tokens channels"], taps: Float[Tensor, "taps channels"], place: Int[Tensor, "batch tokens"]
+    x: Float[Tensor, "batch tokens channels"], taps: Float[Tensor, "taps channels"]
 ) -> Float[Tensor, "batch tokens channels"]:
-    """A short causal convolution, each channel on its own, that begins anew with every segment."""
+    """A short causal convolution, each channel on its own."""
     mixed = x * taps[0]
     for tap in range(1, min(len(taps), x.shape[1])):
-        mixed = mixed + earlier(x, tap, place) * taps[tap]
+        mixed = mixed + earlier(x, tap) * taps[tap]
     return mixed
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cortex_core.fast_weights.address import earlier
 
 
 class TappedGate(nn.Module):
-    """An activation per head and token, from the layer's input at the token and at the few before it in its segment.
+    """An activation per head and token, from the layer's input at the token and at the few before it.
 
     A short causal convolution. What marks a fact ("remember", a colon, a quote) often stands a token or two before it.
     The layer's own input shows that, but mixed with everything else, and a gate that must stay shut for 100,000 tokens
@@ -24,13 +24,11 @@ class TappedGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(taps, heads, hidden))
         self.bias = nn.Parameter(torch.full((heads,), bias))
 
-    def forward(
-        self, hidden: Float[Tensor, "batch tokens hidden"], place: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch heads tokens"]:
-        """Activations, 0 to 1. `place` counts tokens within the segment."""
+    def forward(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch heads tokens"]:
+        """Activations, 0 to 1."""
         logits = self.bias + hidden @ self.weight[0].T
         for tap in range(1, min(self.taps, hidden.shape[1])):
-            logits = logits + earlier(hidden @ self.weight[tap].T, tap, place)
+            logits = logits + earlier(hidden @ self.weight[tap].T, tap)
         return torch.sigmoid(logits).transpose(1, 2)
 
 

@@ -29,14 +29,11 @@ class LayerTokens(NamedTuple):
     values: Float[Tensor, "batch heads tokens value_dim"]
     attended: Float[Tensor, "batch heads tokens value_dim"]
     valid: Bool[Tensor, "batch tokens"]
+    """False at padding, which comes last."""
     positions: Int[Tensor, "batch tokens"]
     reward: Float[Tensor, "batch tokens"]
-    place: Int[Tensor, "batch tokens"]
-    """Tokens between the start of the segment and this one."""
     segment_tokens: int
     """Width of the segments that these tokens are, the last of which may be short."""
-    before: Float[Tensor, "batch context hidden"] | None = None
-    """`hidden` of the few tokens before these, where a call goes on within a segment; zeros before its start."""
     silent: Bool[Tensor, "batch tokens"] | None = None
     """Tokens that must not be written, whatever the gate says; None is no token."""
     forced: Bool[Tensor, "batch tokens"] | None = None
@@ -91,7 +88,8 @@ class Sidecar(nn.Module):
     def empty_state(self, batch: int) -> FastWeights:
         """A memory that holds nothing."""
         s, rank, device = self.shape, self.config.rank, self.output_gate.device
-        empty = FastWeights.zeros(batch, s.heads, rank, s.value_dim, device)
+        context = torch.zeros(batch, self.config.taps - 1, s.hidden, device=device)
+        empty = FastWeights.zeros(batch, s.heads, rank, s.value_dim, device)._replace(context=context)
         if self.initial_down is not None:
             return empty._replace(down=self.initial_down.expand(batch, -1, -1, -1))
         if self.config.rule == "hebbian":
@@ -100,12 +98,10 @@ class Sidecar(nn.Module):
 
     @property
     def state_bytes(self) -> int:
-        """What must be kept of one reader's state, in bytes: no row for a dimension that was pruned."""
-        return (
-            int(self.addresses.live.sum()) * self.shape.value_dim * 4
-            if self.config.rule == "delta"
-            else (self.empty_state(1).num_bytes)
-        )
+        """What must be kept of one reader's matrices, in bytes: no row for a dimension that was pruned."""
+        if self.config.rule == "delta":
+            return int(self.addresses.live.sum()) * self.shape.value_dim * 4
+        return self.empty_state(1).matrices.num_bytes
 
     def rule(self) -> Rule:
         """The recurrence with the constants that the parameters now give."""
@@ -137,45 +133,50 @@ class Sidecar(nn.Module):
         """The write gate's activations where nothing is written: `Reading.activation` of filler, at a fraction of the
         cost, as the state stays what it is."""
         with torch.autocast(tokens.hidden.device.type, enabled=False):
-            hidden, place, values = self._given(tokens)
-            gate = _Gate(self, tokens, hidden, place, values)
+            hidden, values = self._given(tokens, state)
+            gate = _Gate(self, tokens, hidden, values)
             surprise = None
             if gate.needs_surprise:
-                keys, _ = self.addresses(hidden, place, read=False)
+                keys, _ = self.addresses(hidden, read=False)
                 surprise = signals.surprise(values, self.rule().predict(keys[:, :, -values.shape[2] :], state))
             gate(surprise, slice(None))
             return gate.modulated
 
-    def _given(self, tokens: LayerTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's input and the place of each token in its segment, with context, and what there is to write."""
-        hidden, place = _with_context(tokens, self.config.taps)
-        values = tokens.values.float()
+    def _given(self, tokens: LayerTokens, state: FastWeights) -> tuple[Tensor, Tensor]:
+        """The layer's input, with that at the few tokens before, and what there is to write."""
+        assert state.context is not None
+        hidden, values = torch.cat([state.context, tokens.hidden.float()], dim=1), tokens.values.float()
         if self.adapters is not None:
-            values = values + self.adapters.values(hidden, place)[:, :, -values.shape[2] :]
+            values = values + self.adapters.values(hidden)[:, :, -values.shape[2] :]
         if self.config.rule == "source":
             values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
-        return hidden, place, values
+        return hidden, values
 
     def _read(self, tokens, initial_state, snapshot_segment, read, anchor, log):  # noqa: ANN001, ANN202
         config = self.config
         new = tokens.hidden.shape[1]
-        hidden, place, values = self._given(tokens)
-        keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, place, read=read))
-        gate = _Gate(self, tokens, hidden, place, values)
-        rule = self.rule()
+        hidden, values = self._given(tokens, initial_state)
+        keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, read=read))
+        gate = _Gate(self, tokens, hidden, values)
+        rule, start = self.rule(), initial_state.matrices
         if anchor is not None:
-            out, final = step_by_step(rule, keys, queries, values, gate, initial_state, anchor)
+            out, final = step_by_step(rule, keys, queries, values, gate, start, anchor.matrices)
             snapshot, write = final, torch.zeros_like(gate.modulated)
             surprises = torch.cat(gate.surprises, dim=2) if gate.surprises else write
         else:
             result = scan(
-                rule, keys, queries, values, gate, initial_state, tokens.segment_tokens, config.chunk_size,
+                rule, keys, queries, values, gate, start, tokens.segment_tokens, config.chunk_size,
                 snapshot_segment=snapshot_segment, read=read,
             )  # fmt: skip
             out, write, surprises, final, snapshot = result
+        read_to = tokens.valid.sum(1)
+        final = final._replace(context=self._context(hidden, read_to))
+        if snapshot_segment is not None:
+            read_to = torch.minimum(snapshot_segment.clamp_min(0) * tokens.segment_tokens, read_to)
+        snapshot = snapshot._replace(context=self._context(hidden, read_to))
         added = None
         if out is not None:
-            asked = hard_gate(self.read_gate(hidden, place)[:, :, -new:], config.dead_zone, config.saturation)
+            asked = hard_gate(self.read_gate(hidden)[:, :, -new:], config.dead_zone, config.saturation)
             if rule.hebbian and config.write_strength:  # what it holds is in units of the write strength
                 out = out / config.write_strength
             if self.adapters is not None:
@@ -187,16 +188,21 @@ class Sidecar(nn.Module):
         written = Written(keys, values, write, gate.ticks(write)).detach() if log else None
         return Reading(added, final, write, surprises, gate.modulated, written), snapshot
 
+    def _context(self, hidden: Tensor, read_to: Int[Tensor, " batch"]) -> Tensor:
+        """The last few inputs before token `read_to` of each row; `hidden` begins with those before its first token."""
+        index = read_to[:, None] + torch.arange(self.config.taps - 1, device=hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
 
 class _Gate:
     """The write gate of one pass: what the layer sees, modulated by what the controller is told."""
 
-    def __init__(self, sidecar: Sidecar, tokens: LayerTokens, hidden: Tensor, place: Tensor, values: Tensor) -> None:
+    def __init__(self, sidecar: Sidecar, tokens: LayerTokens, hidden: Tensor, values: Tensor) -> None:
         self.config, self.controller, self.tokens = sidecar.config, sidecar.controller, tokens
         self.needs_surprise = self.controller is not None
         new = tokens.hidden.shape[1]
         opened = torch.ones(values.shape[:-1], device=values.device)
-        self.activation = opened if sidecar.write_gate is None else sidecar.write_gate(hidden, place)[:, :, -new:]
+        self.activation = opened if sidecar.write_gate is None else sidecar.write_gate(hidden)[:, :, -new:]
         self.uncertainty = signals.uncertainty(tokens.attended.float(), tokens.values.float())
         self.phase = signals.phase(tokens.positions, self.config.phase_period_tokens)
         self.surprises: list[Tensor] = []
@@ -238,15 +244,6 @@ class _Gate:
 def _orthogonal(shape: LayerShape, rank: int) -> Tensor:
     """Per head, a [head_dim, rank] map with orthonormal columns."""
     return torch.linalg.qr(torch.randn(shape.heads, shape.head_dim, rank))[0].contiguous()
-
-
-def _with_context(tokens: LayerTokens, taps: int) -> tuple[Tensor, Tensor]:
-    """The layer's input with the few tokens before it, and the place of each in its segment."""
-    hidden = tokens.hidden.float()
-    if tokens.before is None:
-        return hidden, tokens.place
-    hidden = torch.cat([tokens.before.float(), hidden], dim=1)
-    return hidden, torch.full(hidden.shape[:2], taps, device=hidden.device)  # zeros stand for what is not there
 
 
 def _just_open(config: FastWeightsConfig, by: float) -> float:

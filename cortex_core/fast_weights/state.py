@@ -18,6 +18,9 @@ class FastWeights(NamedTuple):
     """The values that the key space now holds (V in the source)."""
     down: Float[Tensor, "batch heads key_dim rank"] | None = None
     """What was added to the way into the key space (U in the source); None for the delta rule."""
+    context: Float[Tensor, "batch context hidden"] | None = None
+    """What the layer was given at the last few tokens, at which gates and addresses look back, 0 before the first one;
+    None inside a recurrence, which needs the matrices alone."""
 
     @classmethod
     def zeros(cls, batch: int, heads: int, rank: int, head_dim: int, device: torch.device | None = None) -> FastWeights:
@@ -27,17 +30,21 @@ class FastWeights(NamedTuple):
     @classmethod
     def where(cls, rows: Bool[Tensor, " batch"], yes: FastWeights, no: FastWeights) -> FastWeights:
         """Row by row, one state or the other."""
-        select = rows[:, None, None, None]
-        return yes.zip(no, lambda a, b: torch.where(select, a, b))
+        return yes.zip(no, lambda a, b: torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), a, b))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FastWeights:
         """The same change to every part."""
-        return FastWeights(change(self.up), None if self.down is None else change(self.down))
+        return FastWeights(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
     def zip(self, other: FastWeights, join: Callable[[Tensor, Tensor], Tensor]) -> FastWeights:
         """Part by part with another state of the same rule."""
-        down = None if self.down is None or other.down is None else join(self.down, other.down)
-        return FastWeights(join(self.up, other.up), down)
+        parts = zip(self, other, strict=True)
+        return FastWeights(*(None if a is None or b is None else join(a, b) for a, b in parts))  # type: ignore[arg-type]
+
+    @property
+    def matrices(self) -> FastWeights:
+        """Without the context: what a recurrence goes on from."""
+        return self._replace(context=None)
 
     def detach(self) -> FastWeights:
         """Cut off from the graph."""

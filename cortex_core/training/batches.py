@@ -45,11 +45,12 @@ class BatchSource:
         return int(longest), full
 
     def tokens(self, step: int) -> int:
-        """Tokens that all workers together read in one step; windows count twice: bare, and with memory."""
+        """Tokens that all workers together read in one step; windows count twice: bare and with memory,
+        or whole and in short segments."""
         segments, width = self.shape(step)
         long = self.training.batch_size * segments * width
-        windows = 2 * self.training.in_window_batch_size + (self._filler_windows if self.long.fillers else 0)
-        return long + windows * self.segment_tokens
+        fillers = self._filler_windows if self.long.fillers else 0
+        return long + 2 * (self.training.in_window_batch_size + fillers) * self.segment_tokens
 
     @property
     def _filler_windows(self) -> int:

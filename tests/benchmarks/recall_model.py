@@ -48,7 +48,7 @@ class RecallModel(nn.Module):
         place = torch.arange(ids.shape[1]).expand(len(ids), -1)
         tokens = LayerTokens(
             hidden, values, attended=values, valid=torch.ones_like(ids, dtype=torch.bool), positions=place,
-            reward=torch.zeros(ids.shape), place=place, segment_tokens=ids.shape[1],
+            reward=torch.zeros(ids.shape), segment_tokens=ids.shape[1],
         )  # fmt: skip
         reading, _ = self.sidecar(tokens, self.sidecar.empty_state(len(ids)))
         assert reading.added is not None

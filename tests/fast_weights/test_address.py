@@ -1,4 +1,4 @@
-"""Addresses: what they are before training, that they stay within their segment, and any split."""
+"""Addresses: what they are before training, and that any split gives the same ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from torch import Tensor
 from cortex_core.fast_weights.address import Addresses, earlier
 
 HIDDEN, HEADS, RANK, TAPS, TOKENS = 48, 3, 16, 4, 24
-
-
-def places(tokens: int, segment: int) -> Tensor:
-    return (torch.arange(tokens) % segment)[None].expand(2, -1)
 
 
 def trained_addresses(taps: int = TAPS) -> Addresses:
@@ -29,20 +25,19 @@ def test_at_the_start_a_token_is_stored_under_the_one_before_it() -> None:
     torch.manual_seed(1)
     addresses, words = Addresses(HIDDEN, HEADS, RANK, TAPS), torch.randn(8, HIDDEN)
     told, asked = words[None, [0, 1, 2, 3]], words[None, [5, 6, 2]]
-    keys, _ = addresses(told, places(4, 8)[:1], read=True)
-    _, queries = addresses(asked, places(3, 8)[:1], read=True)
+    keys, _ = addresses(told, read=True)
+    _, queries = addresses(asked, read=True)
     found = keys @ queries[:, :, -1:].transpose(-1, -2)  # the question ends with word 2, which stood at 2
     assert torch.allclose(found[:, :, 3], torch.ones_like(found[:, :, 3]), atol=1e-5)
     assert float(found[:, :, :3].abs().max()) < 0.9
 
 
 @torch.no_grad()
-def test_unit_length_but_for_a_segment_s_first_key() -> None:
+def test_unit_length_but_for_the_first_key() -> None:
     torch.manual_seed(1)
-    keys, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(2, TOKENS, HIDDEN), places(TOKENS, 8), read=True)
+    keys, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(2, TOKENS, HIDDEN), read=True)
     lengths = keys.norm(dim=-1)
-    first = places(TOKENS, 8)[0] == 0
-    assert torch.allclose(lengths[:, :, ~first], torch.ones(()), atol=1e-5) and not lengths[:, :, first].any()
+    assert torch.allclose(lengths[:, :, 1:], torch.ones(()), atol=1e-5) and not lengths[:, :, 0].any()
     assert torch.allclose(queries.norm(dim=-1), torch.ones(()), atol=1e-5)
 
 
@@ -50,7 +45,7 @@ def test_unit_length_but_for_a_segment_s_first_key() -> None:
 def test_different_tokens_have_nearly_orthogonal_addresses() -> None:
     """As random directions do: the spread of the cosine is 1 / sqrt(rank)."""
     torch.manual_seed(1)
-    _, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(1, 400, HIDDEN), places(400, 400)[:1], read=True)
+    _, queries = Addresses(HIDDEN, HEADS, RANK, TAPS)(torch.randn(1, 400, HIDDEN), read=True)
     cosines = queries @ queries.transpose(-1, -2)
     others = cosines[:, :, ~torch.eye(400, dtype=torch.bool)]
     # Two random projections, one behind the other: 1/rank from the map, 1/hidden from the inputs themselves.
@@ -59,33 +54,31 @@ def test_different_tokens_have_nearly_orthogonal_addresses() -> None:
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 16])
-@pytest.mark.parametrize("segment", [1, 3, 8])
-def test_a_segment_s_addresses_do_not_depend_on_the_one_before(taps: int, segment: int) -> None:
+@pytest.mark.parametrize("piece", [1, 3, 8])
+def test_pieces_with_the_few_tokens_before_them_have_the_addresses_of_the_whole(taps: int, piece: int) -> None:
     addresses, hidden = trained_addresses(taps), torch.randn(2, TOKENS, HIDDEN)
-    together = addresses(hidden, places(TOKENS, segment), read=True)
-    pieces = hidden.reshape(-1, segment, HIDDEN)
-    alone = addresses(pieces, places(segment, segment)[:1].expand(len(pieces), -1), read=True)
-    for one, other in zip(together, alone, strict=True):
-        cut = one.transpose(1, 2).reshape(-1, segment, HEADS, RANK).transpose(1, 2)
-        assert torch.allclose(cut, other, atol=1e-5)
+    whole = addresses(hidden, read=True)
+    context = torch.cat([torch.zeros(2, taps - 1, HIDDEN), hidden], dim=1)
+    for start in range(0, TOKENS, piece):
+        found = addresses(context[:, start : start + piece + taps - 1], read=True)
+        for one, other in zip(whole, found, strict=True):
+            assert torch.allclose(one[:, :, start : start + piece], other[:, :, taps - 1 :], atol=1e-5)
 
 
 def test_without_a_read_the_keys_are_the_same() -> None:
     addresses, hidden = trained_addresses(), torch.randn(2, TOKENS, HIDDEN)
-    place = places(TOKENS, 8)
-    assert torch.equal(addresses(hidden, place, read=True)[0], addresses(hidden, place, read=False)[0])
+    assert torch.equal(addresses(hidden, read=True)[0], addresses(hidden, read=False)[0])
 
 
 @pytest.mark.parametrize("tap", [1, 2, 7])
-def test_earlier_looks_back_within_the_segment(tap: int) -> None:
+def test_earlier_looks_back(tap: int) -> None:
     x = torch.arange(1.0, 13.0)[None, :, None]
-    found = earlier(x, tap, places(12, 4)[:1])[0, :, 0].tolist()
-    assert found == [at + 1.0 - tap if at % 4 >= tap else 0.0 for at in range(12)]
+    assert earlier(x, tap)[0, :, 0].tolist() == [max(at + 1.0 - tap, 0.0) for at in range(12)]
 
 
 def alike(of: Addresses, inputs: Tensor) -> float:
     """Root mean square of the cosine between the addresses of different inputs."""
-    _, queries = of(inputs[None], places(len(inputs), len(inputs))[:1], read=True)
+    _, queries = of(inputs[None], read=True)
     cosines = queries @ queries.transpose(-1, -2)
     return float(cosines[:, :, ~torch.eye(len(inputs), dtype=torch.bool)].square().mean().sqrt())
 

@@ -26,7 +26,7 @@ def loss_of(made: Addresses) -> torch.Tensor:
     """Of keys and queries, in random proportions."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(3, 7, HIDDEN, generator=generator)
-    keys, queries = made(hidden, torch.arange(7).expand(3, -1), read=True)
+    keys, queries = made(hidden, read=True)
     return (keys * torch.randn(keys.shape, generator=generator)).sum() + (queries**3).sum()
 
 
@@ -64,7 +64,7 @@ def test_of_equals_the_earlier_are_kept_and_the_number_is_exact(keep: int) -> No
 def test_a_dimension_that_was_dropped_is_neither_written_nor_asked() -> None:
     made = addresses()
     made.live[0, 1] = made.live[1, 3] = 0
-    keys, queries = made(torch.randn(2, 5, HIDDEN), torch.arange(5).expand(2, -1), read=True)
+    keys, queries = made(torch.randn(2, 5, HIDDEN), read=True)
     assert not keys[:, 0, :, 1].any() and not queries[:, 1, :, 3].any()
     assert torch.allclose(keys.norm(dim=-1)[:, :, 1:], torch.ones(2, HEADS, 4), atol=1e-5)
 

@@ -34,7 +34,6 @@ def tokens() -> LayerTokens:
         valid=torch.ones(BATCH, TOKENS, dtype=torch.bool),
         positions=positions,
         reward=torch.zeros(BATCH, TOKENS),
-        place=positions,
         segment_tokens=TOKENS,
     )
 
@@ -77,12 +76,12 @@ def test_a_forced_token_is_written_whatever_the_gate_says(stepwise: bool) -> Non
 
 @pytest.mark.parametrize("rule", ["delta", "hebbian", "source"])
 def test_activations_are_those_of_a_reading_that_writes_nothing(rule: str) -> None:
-    """With a memory that holds something, or surprise would be the same everywhere; after a few tokens of context."""
+    """With a memory that holds something, or surprise would be the same everywhere."""
     memory = sidecar(rule=rule, write_strength=0.02, adapter_rank=2)
     nn.init.normal_(memory.controller.out.weight)
     nn.init.normal_(memory.adapters.value_up)
     _, full = memory(tokens(), memory.empty_state(BATCH))
-    read = tokens()._replace(hidden=tokens().hidden.flip(1), before=torch.randn(BATCH, 3, SHAPE.hidden))
+    read = tokens()._replace(hidden=tokens().hidden.flip(1))
     silent = read._replace(silent=torch.ones(BATCH, TOKENS, dtype=torch.bool))
     reading, _ = memory(silent, full)
     found = memory.activations(read, full)
@@ -95,3 +94,35 @@ def test_activations_are_those_of_a_reading_that_writes_nothing(rule: str) -> No
     for name, p in memory.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
         assert torch.allclose(got.get(name, torch.zeros_like(p)), expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 20])
+def test_gates_and_addresses_look_back_over_a_cut(cut: int) -> None:
+    """So what stands on both sides of the end of a segment is written and found as anywhere else."""
+    memory = sidecar(controller=False)
+    whole, _ = memory(tokens(), memory.empty_state(BATCH))
+    state, added = memory.empty_state(BATCH), []
+    for now in (slice(0, cut), slice(cut, TOKENS)):
+        of = tokens()
+        parts = {name: getattr(of, name)[:, now] for name in ("hidden", "valid", "positions", "reward")}
+        parts |= {name: getattr(of, name)[:, :, now] for name in ("values", "attended")}
+        reading, _ = memory(of._replace(**parts), state)
+        state = reading.final_state
+        added.append(reading.added)
+    assert torch.allclose(torch.cat(added, dim=2), whole.added, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(state, whole.final_state, strict=True) if a is not None)
+    alone, _ = memory(of._replace(**parts), state._replace(context=torch.zeros_like(state.context)))
+    assert not torch.allclose(alone.activation, reading.activation, atol=1e-4), "what stands before makes no difference"
+
+
+def test_the_context_is_that_of_the_last_tokens_that_are_there() -> None:
+    """At the end of each row, and at the start of the segment whose state is asked for."""
+    memory = sidecar(taps=5)
+    valid = torch.arange(TOKENS) < torch.tensor([[TOKENS], [3]])
+    read = tokens()._replace(valid=valid, segment_tokens=7)
+    before = memory.empty_state(BATCH)._replace(context=torch.randn(BATCH, 4, SHAPE.hidden))
+    reading, snapshot = memory(read, before, snapshot_segment=torch.tensor([2, 0]))
+    assert torch.equal(reading.final_state.context[0], read.hidden[0, -4:])
+    assert torch.equal(reading.final_state.context[1], torch.cat([before.context[1, -1:], read.hidden[1, :3]]))
+    assert torch.equal(snapshot.context[0], read.hidden[0, 10:14])
+    assert torch.equal(snapshot.context[1], before.context[1])

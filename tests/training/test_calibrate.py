@@ -29,7 +29,7 @@ def alike(model: Cortex, ids: Tensor) -> list[float]:
     found = []
     hidden = functional.normalize(model.backbone.get_input_embeddings()(ids).float(), dim=-1)
     for sidecar in model.sidecars_by_layer.values():
-        _, queries = sidecar.addresses(hidden[None], torch.arange(len(ids))[None], read=True)
+        _, queries = sidecar.addresses(hidden[None], read=True)
         cosines = queries @ queries.transpose(-1, -2)
         found.append(float(cosines[:, :, ~torch.eye(len(ids), dtype=torch.bool)].square().mean().sqrt()))
     return found

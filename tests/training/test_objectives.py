@@ -15,8 +15,7 @@ from cortex_core.backbone.passes import MemoryPass
 from cortex_core.backbone.reading import read_segments
 from cortex_core.backbone.segments import Layout
 from cortex_core.config import TrainingConfig
-from cortex_core.fast_weights.state import FastWeights
-from cortex_core.training.objectives import KL_STRIDE, Batch, ReadingLoss
+from cortex_core.training.objectives import KL_STRIDE, SHORT_SEGMENT, Batch, ReadingLoss
 from tests import tiny
 from tests.tiny import SEGMENT
 
@@ -64,7 +63,7 @@ def plain_kl(model: Cortex, batch: Batch, memory: MemoryPass) -> Tensor:
     total = torch.zeros(())
     for number, (ids, asked) in enumerate(zip(batch.in_window_ids, batch.in_window_answer, strict=True)):
         row = number * ROWS // len(batch.in_window_ids)
-        state = {n: FastWeights(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
+        state = {n: s.map(lambda part: part.detach()[row : row + 1]) for n, s in memory.final.items()}  # noqa: B023
         layout = Layout.plain(ids[None, None], SEGMENTS * SEGMENT)
         with_memory, _ = read_segments(model, ids[None, None], layout, state, predict=True)
         with model.memory(False):
@@ -93,14 +92,15 @@ def plain_leak(model: Cortex, batch: Batch, memory: MemoryPass, limit: float) ->
     total = torch.zeros(())
     for number, ids in enumerate(batch.filler_ids):
         row = number * ROWS // len(batch.filler_ids)
-        state = {n: FastWeights(s.up.detach()[row : row + 1]) for n, s in memory.final.items()}
-        layout = Layout.plain(ids[None, None], SEGMENTS * SEGMENT)
-        silent = layout._replace(silent=torch.ones_like(layout.valid))
-        _, read = read_segments(model, ids[None, None], silent, state, predict=False)
-        gates = torch.cat([reading.activation.flatten() for reading in read.readings.values()])
-        above = gates[gates > limit] - limit
-        assert 0 < len(above) < len(gates)
-        total = total + above.sum() / (1 + len(above))
+        state = {n: s.map(lambda part: part.detach()[row : row + 1]) for n, s in memory.final.items()}  # noqa: B023
+        for segments in (ids.view(1, 1, SEGMENT), ids.view(1, -1, SHORT_SEGMENT)):
+            layout = Layout.plain(segments, SEGMENTS * SEGMENT)
+            silent = layout._replace(silent=torch.ones_like(layout.valid))
+            _, read = read_segments(model, segments, silent, state, predict=False)
+            gates = torch.cat([reading.activation.flatten() for reading in read.readings.values()])
+            above = gates[gates > limit] - limit
+            assert 0 < len(above) < len(gates)
+            total = total + above.sum() / (1 + len(above)) / 2
     return total / len(batch.filler_ids)
 
 
@@ -224,7 +224,7 @@ def test_truncated_gradients_are_those_of_a_reading_that_starts_from_a_constant(
     old, new = batch.input_ids[:, : SEGMENTS - 3], batch.input_ids[:, SEGMENTS - 3 :]
     with torch.no_grad():
         _, memory = plain_reading(model, old, forced=batch.forced[:, : SEGMENTS - 3])
-    start = {n: FastWeights(s.up) for n, s in memory.final.items()}
+    start = memory.final
     layout = Layout.plain(new, old[0].numel())._replace(forced=batch.forced[:, SEGMENTS - 3 :].flatten(0, 1))
     logits, _ = read_segments(model, new, layout, start, predict=True, read_strength=config.read_strength)
     assert logits is not None
@@ -302,7 +302,7 @@ def test_filler_is_read_once_the_write_penalty_begins() -> None:
         early = len(seen.leaves)
         _, after = objective(batch, sparsity=0.5)
     assert "loss/filler" not in before and float(after["loss/filler"]) > 0.01
-    assert len(seen.leaves) == 2 * early + 1
+    assert len(seen.leaves) == 2 * early + 2
 
 
 def test_filler_trains_the_gates_and_nothing_else() -> None:
