@@ -92,7 +92,7 @@ class FastWeightsConfig(Settings):
     saturation: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Gate activations from here on write at full strength."""
     taps: Annotated[int, Field(ge=1, le=16)] = 4
-    """Tokens that gates, keys and queries look at: the one in question and those just before it in its segment."""
+    """Tokens that gates, keys and queries look at: the one in question and those just before it."""
     adapter_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of learned maps of what is stored, from the layer's last few inputs, and of what is read, over all heads. 0
     stores the layer's own values and adds what was read: enough where the answer is a token that was written."""

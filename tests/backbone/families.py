@@ -62,7 +62,8 @@ def open_gates(model: Cortex) -> None:
         nn.init.constant_(sidecar.output_gate, 1.5)
         for weights in (sidecar.write_gate.weight, sidecar.addresses.key_taps, sidecar.addresses.query_taps):
             nn.init.normal_(weights, std=0.3, generator=generator)
-        nn.init.normal_(sidecar.controller.out.weight, std=0.3, generator=generator)
+        if sidecar.controller is not None:
+            nn.init.normal_(sidecar.controller.out.weight, std=0.3, generator=generator)
         if sidecar.adapters is not None:
             for weights in sidecar.adapters.parameters():
                 nn.init.normal_(weights, std=0.3, generator=generator)

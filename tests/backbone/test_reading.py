@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex_core.backbone import reading
+from cortex_core.backbone.model import Cortex
 from cortex_core.errors import ConfigError
-from tests.backbone.families import ADAPTED, ROTARY, random_ids, with_memory
+from tests.backbone.families import ADAPTED, ROTARY, bare, open_gates, random_ids, small_memory, with_memory
 
 TOLERANCE = 2e-6
 
@@ -57,6 +58,23 @@ def test_memory_reaches_beyond_the_segment() -> None:
     assert not torch.equal(model(input_ids=ids).logits[:, 64:], model(input_ids=changed).logits[:, 64:])
     closed = with_memory(open_gate=False)
     assert torch.equal(closed(input_ids=ids).logits[:, 64:], closed(input_ids=changed).logits[:, 64:])
+
+
+@torch.no_grad()
+def test_what_is_written_does_not_depend_on_where_segments_end() -> None:
+    """In the lowest layer, whose input is the token alone: higher ones are told by attention what stands in a segment."""
+    ids, found = random_ids(2, 96), []
+    for segment_tokens in (8, 12, 32):
+        memory = small_memory(layers=(0,)).model_copy(update={"controller": False})
+        torch.manual_seed(0)
+        model = Cortex.attach(bare("qwen2"), memory, segment_tokens=segment_tokens)
+        open_gates(model)
+        session = model.new_session(2)
+        model.read(ids, session)
+        model.read(ids[:, :1], session)  # closes the last segment
+        assert session.start_tokens.tolist() == [96, 96]
+        found.append(session.states[0])
+    assert found[0].up.any() and all(close(state.up, found[0].up) for state in found[1:])
 
 
 @torch.no_grad()

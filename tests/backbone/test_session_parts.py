@@ -113,12 +113,28 @@ def test_an_int8_session_is_float32_again(model: Cortex, tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_files_of_the_first_version_are_read(model: Cortex, tmp_path: Path) -> None:
-    session = model.new_session(1)
-    model.read(random_ids(1, 70), session)
-    session.save(tmp_path / "old")
-    edit(tmp_path / "old", lambda tensors: None, schema="cortex-session/1")
-    assert torch.equal(model.load_session(tmp_path / "old").states[1].up, session.states[1].up)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_are_read(model: Cortex, tmp_path: Path, version: int, dtype: str) -> None:
+    """They had nothing of what stood before the open segment."""
+    session = model.new_session(2)
+    model.read(random_ids(2, 70), session)
+    session.save(tmp_path / "new", dtype)
+    session.save(tmp_path / "old", dtype)
+
+    def without_context(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "context" in name]:
+            del tensors[name]
+
+    edit(tmp_path / "old", without_context, schema=f"cortex-session/{version}")
+    old, new = (model.load_session(tmp_path / name) for name in ("old", "new"))
+    for layer, state in old.states.items():
+        assert torch.equal(state.up, new.states[layer].up)
+        assert state.context.shape == new.states[layer].context.shape and not state.context.any()
+        assert new.states[layer].context.any()
+    edit(tmp_path / "new", without_context)
+    with pytest.raises(DataError, match=r"layer\.1\.context.* is missing"):
+        model.load_session(tmp_path / "new")
 
 
 def put(name: str, value: object, index: object = ...) -> Callable[[dict[str, Tensor]], None]:

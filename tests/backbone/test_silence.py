@@ -81,6 +81,20 @@ def test_the_state_is_that_of_gates_forced_to_0(layer: int) -> None:
 
 
 @torch.no_grad()
+def test_the_first_tokens_behind_a_segment_that_ends_with_the_item_are_not_written_either() -> None:
+    _, somewhere = text_with(MAIL)
+    ids, where = text_with(MAIL, before=tiny.SEGMENT - 1 - len(somewhere))
+    assert where.stop == tiny.SEGMENT
+    whole, split = told(remembering(1), ids), remembering(1).new_session(1, log_writes=1000)
+    for first, stop in itertools.pairwise((0, 32, 33, 40, 80)):
+        remembering(1).read(ids[:, first:stop], split)
+    for session in (whole, split):
+        written = {w.position for w in session.writes()}
+        assert not written & set(range(where.start, where.stop + TAPS - 1))
+        assert where.stop + TAPS - 1 in written
+
+
+@torch.no_grad()
 def test_the_state_is_the_same_bit_for_bit_whatever_the_item_was() -> None:
     """Where the layer's input is the token alone; in higher layers attention tells later tokens of earlier ones."""
     model = remembering(0)
