@@ -86,7 +86,9 @@ class Session:
     def reset(self) -> None:
         """Forget everything: the session is as new."""
         batch, device = self.batch_size, self.start_tokens.device
-        self.states = {layer: s.map(lambda part: part.expand(batch, *part.shape[1:])) for layer, s in self.empty.items()}
+        self.states = {
+            layer: s.map(lambda part: part.expand(batch, *part.shape[1:])) for layer, s in self.empty.items()
+        }
         self.open_rows = Rows.empty(batch, device)
         self.start_tokens = torch.zeros_like(self.start_tokens)
         self.before = None

@@ -50,7 +50,9 @@ def load_session(
     expected = _expected(path, tensors, like, dtype, log)
     if metadata["schema"] != SCHEMA:  # its segments knew nothing of what stood before them
         nothing = {name: wanted for name, wanted in expected.items() if ".context" in name}
-        tensors |= {name: torch.full(shape, name.endswith(SCALE), dtype=kind) for name, (shape, kind) in nothing.items()}
+        tensors |= {
+            name: torch.full(shape, name.endswith(SCALE), dtype=kind) for name, (shape, kind) in nothing.items()
+        }
     _check_shapes(path, tensors, expected, segment_tokens, log)
     _check_values(path, tensors, vocab_size)
     if log is not None:

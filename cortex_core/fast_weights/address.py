@@ -58,9 +58,7 @@ class Addresses(nn.Module):
         return functional.normalize(mixed.view(batch, tokens, self.heads, -1).transpose(1, 2), dim=-1, eps=1e-6)
 
 
-def earlier(
-    x: Float[Tensor, "batch tokens channels"], tap: int
-) -> Float[Tensor, "batch tokens channels"]:
+def earlier(x: Float[Tensor, "batch tokens channels"], tap: int) -> Float[Tensor, "batch tokens channels"]:
     """For every token, what stood `tap` (at least 1) tokens before it; 0 before the first."""
     return functional.pad(x[:, :-tap], (0, 0, tap, 0))
 

@@ -22,9 +22,7 @@ from tests.tiny import SEGMENT
 ROWS, SEGMENTS, WINDOWS = 3, 5, 3
 
 
-def random_batch(
-    first_answer_segment: int = SEGMENTS - 1, windows: int = 0, seed: int = 1, fillers: int = 0
-) -> Batch:
+def random_batch(first_answer_segment: int = SEGMENTS - 1, windows: int = 0, seed: int = 1, fillers: int = 0) -> Batch:
     """Random tokens; answers in each segment from `first_answer_segment` on, and in each window but one.
 
     Rows and windows differ in how many they have: a mean over rows is not a mean over answers.
