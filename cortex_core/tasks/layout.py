@@ -17,6 +17,8 @@ from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 SPLIT_CODES = {"train": 0, "held_out": 1}
 _POOL_STREAM = 4
 _PLACE_STREAM = 5
+CUT_FRAC = 0.25
+"""Share of training examples with a cut fact, and as many with a cut question."""
 
 
 class Example(NamedTuple):
@@ -151,9 +153,10 @@ class TextTask(ABC):
         """Exactly `total_tokens`: filler, facts, filler, questions, filler.
 
         Facts lie anywhere in the first `segment_tokens`, questions anywhere in the last, as far as they fit: neither
-        may be told by its position. Scattered facts lie anywhere before the questions. A third of the examples opens
-        with the document prefix, and with its facts at once unless they are scattered. Raises ConfigError when facts
-        and questions do not fit at all.
+        may be told by its position. In a share of the examples each (`CUT_FRAC`) the end of the first segment cuts a
+        fact, the start of the last one the first question. Scattered facts lie anywhere before the questions. A third
+        of the examples opens with the document prefix, and with its facts at once unless they are scattered. Raises
+        ConfigError when facts and questions do not fit at all.
         """
         sheet = self.sheet(index, num_queries)
         rng = self.rng(index, 1)
@@ -164,7 +167,14 @@ class TextTask(ABC):
         if room < 0:
             raise ConfigError(self._too_short(total_tokens, total_tokens - room))
         before = 0 if opens else int(rng.integers(0, max(min(segment_tokens - fact_tokens, room), 0) + 1))
+        cut_fact, cut_question = rng.random(2) < CUT_FRAC
+        if cut_fact and not opens and 0 <= (cut := segment_tokens - _inside(rng, sheet.facts)) <= room:
+            before = cut
         after = int(rng.integers(0, max(min(segment_tokens - asked, room - before), 0) + 1))
+        start = sheet.queries[0].answer_from - 1 if sheet.queries else 0
+        if cut_question and start > 0:
+            cut = segment_tokens - asked + int(rng.integers(1, start + 1))
+            after = cut if 0 <= cut <= room - before else after
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)
         gap_end = room - after
         told = self._told(index, sheet.facts, filler[:gap_end], before)
@@ -219,6 +229,12 @@ def rounds(rng: np.random.Generator, num_things: int, num_drawn: int) -> list[in
     """`num_drawn` of 0 ... `num_things` - 1 in random order: each once, then each again, as often as needed."""
     times = -(-num_drawn // num_things)
     return [int(thing) for _ in range(times) for thing in rng.permutation(num_things)][:num_drawn]
+
+
+def _inside(rng: np.random.Generator, parts: list[Part]) -> int:
+    """A place within one of the parts: tokens from the start of the first part."""
+    chosen = int(rng.integers(len(parts)))
+    return _length(parts[:chosen]) + int(rng.integers(1, len(parts[chosen].tokens)))
 
 
 def _length(parts: list[Part]) -> int:

@@ -137,8 +137,9 @@ def test_spanning_example_has_facts_in_the_first_segment_and_questions_in_the_la
         runs = between(example.tokens, [*(part.tokens for part in sheet.facts), queries])
         query = 700 - len(queries) - len(runs[-1])
         last = query - len(runs[-2])
-        assert query >= 700 - width
-        assert task.scattered or last <= width + len(prefix)
+        border = 700 - width - query
+        assert border <= 0 or border < sheet.queries[0].answer_from, "questions in the last segment, or the first is cut"
+        assert task.scattered or last <= width + len(prefix) or len(runs[0]) < width, "or its end cuts a fact"
         assert task.scattered or not any(map(len, runs[1:-2])), "facts together"
         asked = [token for part in sheet.queries for token in part.tokens[part.answer_from : part.answer_to]]
         assert example.tokens[example.answer].tolist() == asked
@@ -151,6 +152,22 @@ def test_spanning_example_has_facts_in_the_first_segment_and_questions_in_the_la
     assert openings == ({True, False} if prefix or not task.scattered else {True})
     if task.scattered:
         assert max(lasts) > 700 - width, "facts may come as late as the questions"
+
+
+def test_the_ends_of_segments_cut_a_quarter_of_the_facts_and_of_the_questions() -> None:
+    """In training too, or it would never learn what to make of the halves."""
+    task, width, facts, questions = tiny.task(), tiny.SEGMENT, [], []
+    for index in range(400):
+        example = task.spanning_example(index, 4 * width, segment_tokens=width)
+        sheet, at = task.sheet(index, 1), 0
+        for part in [*sheet.facts, *sheet.queries]:
+            start = find(example.tokens, part.tokens, at)
+            at = start + len(part.tokens)
+            (questions if part.answer_from >= 0 else facts).append(start // width < (at - 1) // width)
+        asked = np.flatnonzero(example.answer)
+        assert asked.min() >= 3 * width, "the answer stands in the last segment"
+    assert len(questions) == 400 and np.mean(questions) == pytest.approx(0.25, abs=0.07)
+    assert np.mean(facts) * len(facts) / 400 == pytest.approx(0.25 * 2 / 3, abs=0.07)  # not where facts open a document
 
 
 def test_what_does_not_fit_is_refused(task: TextTask) -> None:
