@@ -20,6 +20,8 @@ from cortex_core.fast_weights.gate import margin_penalty
 
 KL_STRIDE = 4
 SHORT_SEGMENT = 8
+LEAK_FLOOR = 0.05
+"""Sum of squared excesses at which a window of filler counts half."""
 
 
 class Batch(NamedTuple):
@@ -102,20 +104,26 @@ class ReadingLoss(nn.Module):
         return logits, target, before.nonzero()[:, 0], passes
 
     def _leak(self, ids: Tensor, start: int, states: States) -> Tensor:
-        """How far gates stand above the margin in filler, in activation: per window, the mean over those that do.
+        """How far gates stand open in filler, in nats: per window, a mean over those that stand above the margin.
 
-        Each of them is an error, however few they are. In a mean over all gates, the last one in a thousand would weigh
-        a thousandth of what it takes to push it shut. The first tokens of a segment, which attend to next to nothing,
-        are unlike all others, and few; so each window is also read in short segments.
+        Each of them is an error, however few they are: in a mean over all gates, the last one in a thousand would weigh
+        a thousandth of what it takes to push it shut. The cross-entropy with "shut" pulls at a gate that is wide open as
+        well, and it counts by the square of its excess, so that those count that write (Lin et al. 2017, "Focal Loss").
+        The first tokens of a segment, which attend to next to nothing, are unlike all others, and few; so each window
+        is also read in short segments.
         """
         other = _of_other_rows(states, len(ids))
-        dead_zone, margin = self.model.fast_weights.dead_zone, self.config.sparsity_margin
+        dead_zone = self.model.fast_weights.dead_zone
+        margin = min(self.config.sparsity_margin, dead_zone)
         total = torch.zeros((), device=ids.device)
         for width in (ids.shape[1], SHORT_SEGMENT):
             segments = ids[:, : ids.shape[1] // width * width].unflatten(1, (-1, width))
             found = gate_activations(self.model, segments, start, other)
             excess = torch.cat([margin_penalty(gate, dead_zone, margin).flatten(1) for gate in found.values()], dim=1)
-            total = total + (excess.sum(1) / (1 + (excess > 0).sum(1))).mean() / 2
+            weight = excess.detach().square()
+            nats = -(1.001 - excess).log()  # finite at a gate that is open as far as float32 can tell
+            shut = (weight * nats).sum(1) / (weight.sum(1) + LEAK_FLOOR)
+            total = total + shut.mean() / 2
         return total
 
     def _kl_to_bare_model(self, batch: Batch, states: States) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from cortex_core.backbone.passes import MemoryPass
 from cortex_core.backbone.reading import read_segments
 from cortex_core.backbone.segments import Layout
 from cortex_core.config import TrainingConfig
-from cortex_core.training.objectives import KL_STRIDE, SHORT_SEGMENT, Batch, ReadingLoss
+from cortex_core.training.objectives import KL_STRIDE, LEAK_FLOOR, SHORT_SEGMENT, Batch, ReadingLoss
 from tests import tiny
 from tests.tiny import SEGMENT
 
@@ -98,7 +99,8 @@ def plain_leak(model: Cortex, batch: Batch, memory: MemoryPass, limit: float) ->
             gates = torch.cat([reading.activation.flatten() for reading in read.readings.values()])
             above = gates[gates > limit] - limit
             assert 0 < len(above) < len(gates)
-            total = total + above.sum() / (1 + len(above)) / 2
+            weight = above.detach() ** 2
+            total = total - (weight / (weight.sum() + LEAK_FLOOR) * (1.001 - above).log()).sum() / 2
     return total / len(batch.filler_ids)
 
 
@@ -301,6 +303,17 @@ def test_filler_is_read_once_the_write_penalty_begins() -> None:
         _, after = objective(batch, sparsity=0.5)
     assert "loss/filler" not in before and float(after["loss/filler"]) > 0.01
     assert len(seen.leaves) == 2 * early + 2
+
+
+def test_gates_that_filler_opens_wide_are_pushed_shut_from_any_dead_zone() -> None:
+    """Also where the margin is wider than the dead zone, and the gate as open as float32 can tell."""
+    for dead_zone, bias in itertools.product((0.0, 0.1, 0.5), (0.0, 9.0, 40.0)):
+        memory = tiny.MEMORY.model_copy(update={"dead_zone": dead_zone, "controller": False})
+        model, batch = tiny.model(memory), random_batch(fillers=ROWS)
+        (sidecar,) = model.sidecars.values()
+        torch.nn.init.constant_(sidecar.write_gate.bias, bias)
+        _, metrics = ReadingLoss(model, tiny.training(sparsity_margin=0.4))(batch)
+        assert 0.1 < float(metrics["loss/filler"]) < 7.0
 
 
 def test_filler_trains_the_gates_and_nothing_else() -> None:
