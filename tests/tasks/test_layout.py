@@ -138,7 +138,9 @@ def test_spanning_example_has_facts_in_the_first_segment_and_questions_in_the_la
         query = 700 - len(queries) - len(runs[-1])
         last = query - len(runs[-2])
         border = 700 - width - query
-        assert border <= 0 or border < sheet.queries[0].answer_from, "questions in the last segment, or the first is cut"
+        assert border <= 0 or border < sheet.queries[0].answer_from, (
+            "questions in the last segment, or the first is cut"
+        )
         assert task.scattered or last <= width + len(prefix) or len(runs[0]) < width, "or its end cuts a fact"
         assert task.scattered or not any(map(len, runs[1:-2])), "facts together"
         asked = [token for part in sheet.queries for token in part.tokens[part.answer_from : part.answer_to]]
