@@ -107,10 +107,10 @@ class ReadingLoss(nn.Module):
         """How far gates stand open in filler, in nats: per window, a mean over those that stand above the margin.
 
         Each of them is an error, however few they are: in a mean over all gates, the last one in a thousand would weigh
-        a thousandth of what it takes to push it shut. The cross-entropy with "shut" pulls at gates that are wide open as
-        well, and each counts by the square of its excess: those that write (Lin et al. 2017, "Focal Loss"). The first
-        tokens of a segment, which attend to next to nothing, are unlike all others, and few; so each window is also
-        read in short segments.
+        a thousandth of what it takes to push it shut. The cross-entropy with "shut" pulls at wide-open gates as well,
+        and each counts by the square of its excess: those that write (Lin et al. 2017, "Focal Loss"). The first tokens
+        of a segment, which attend to next to nothing, are unlike all others, and few; so each window is also read in
+        short segments.
         """
         other = _of_other_rows(states, len(ids))
         dead_zone = self.model.fast_weights.dead_zone
