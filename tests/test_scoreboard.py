@@ -256,8 +256,10 @@ def test_rows_about_forgetting_and_small_files(demo: Demo, monkeypatch: pytest.M
     assert before.value > 0.5 and forgotten.value < before.value / 2 and loss.value < 15
     points, ratio = safety.int8_sessions(demo, set())
     assert points.n == 40 * tiny.PAIRS and abs(points.value) < 10
-    width = next(iter(demo.model.sidecars_by_layer.values())).shape.value_dim
-    assert ratio.value == pytest.approx((width + 4) / (4 * width))
+    parts = [part for state in demo.model.empty_states(1).values() for part in state if part is not None]
+    whole = sum(4 * part.numel() for part in parts)
+    small = sum(part.numel() + 4 * part.numel() // part.shape[-1] for part in parts)
+    assert len(parts) == 2 and ratio.value == pytest.approx(small / whole)
 
 
 def test_needles_are_looked_for_in_a_longer_haystack(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:

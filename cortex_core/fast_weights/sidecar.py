@@ -98,10 +98,9 @@ class Sidecar(nn.Module):
 
     @property
     def state_bytes(self) -> int:
-        """What must be kept of one reader's matrices, in bytes: no row for a dimension that was pruned."""
-        if self.config.rule == "delta":
-            return int(self.addresses.live.sum()) * self.shape.value_dim * 4
-        return self.empty_state(1).matrices.num_bytes
+        """What must be kept of one reader, in bytes: no row for a dimension that was pruned."""
+        pruned = int((self.addresses.live == 0).sum()) if self.config.rule == "delta" else 0
+        return self.empty_state(1).num_bytes - pruned * self.shape.value_dim * 4
 
     def rule(self) -> Rule:
         """The recurrence with the constants that the parameters now give."""

@@ -23,10 +23,11 @@ from cortex_core.tasks.multi_query_recall import MultiQueryRecall
 from cortex_core.tasks.n_back import NBack
 from cortex_core.tasks.needle import MultiKeyNeedle, MultiQueryNeedle, MultiValueNeedle, Needle
 from cortex_core.tasks.variable_tracking import VariableTracking
-from cortex_core.tasks.vocabulary import Split, TaskVocabulary
+from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 from cortex_core.tasks.world_tasks import WorldQA1, WorldQA2, WorldQA3, WorldQA4, WorldQA5
 
 _DRAW = 3  # keeps the draw of a task apart from the draws inside it
+_FILLER_STREAM = 13
 
 
 _TASKS: dict[TaskName, type[TextTask]] = {
@@ -124,6 +125,14 @@ class Mixture:
         kept = {task.filler.name for task in self.tasks if isinstance(task, CorpusText)}
         found = {task.filler.name: task.filler for task in self.tasks}
         return tuple(filler for name, filler in found.items() if name not in kept)
+
+    def filler_batch(self, indices: Sequence[int], total_tokens: int) -> IntArray:
+        """Windows of filler, the kinds in turn, int64 [len(indices), total_tokens]; no rows where there is none."""
+        fillers = self.fillers if indices else ()
+        if not fillers:
+            return np.zeros((0, total_tokens), np.int64)
+        seeds = [(self.seed, index, _FILLER_STREAM) for index in indices]
+        return np.stack([fillers[seed[1] % len(fillers)].tokens(seed, total_tokens) for seed in seeds])
 
     def task(self, index: int) -> TextTask:
         """The task of example `index`."""

@@ -12,7 +12,7 @@ from cortex_core.config import TasksConfig, TrainingConfig
 from cortex_core.tasks.mixture import Mixture
 from cortex_core.training.objectives import Batch
 
-_LENGTH_STREAM, _NOISE_STREAM, _FILLER_STREAM = 11, 12, 13
+_LENGTH_STREAM, _NOISE_STREAM = 11, 12
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,10 @@ class BatchSource:
             torch.from_numpy(self._noise(rows, segments * width)).view(shape),
             torch.from_numpy(ids),
             torch.from_numpy(asked),
-            torch.from_numpy(self._filler(_share(self._filler_windows, step, part, parts))),
+            torch.from_numpy(
+                self.long.filler_batch(_share(self._filler_windows, step, part, parts), self.segment_tokens)
+            ),
         )
-
-    def _filler(self, rows: range) -> np.ndarray:
-        """Windows of what stands in the gaps, int64 [rows, segment_tokens]; none where all text is to be remembered."""
-        fillers = self.long.fillers if rows else ()
-        if not fillers:
-            return np.zeros((0, self.segment_tokens), np.int64)
-        seeds = [(self.seed, row, _FILLER_STREAM) for row in rows]
-        return np.stack([fillers[seed[1] % len(fillers)].tokens(seed, self.segment_tokens) for seed in seeds])
 
     def _noise(self, rows: range, tokens: int) -> np.ndarray:
         """Which tokens of these sequences are written whatever the gate says, bool [rows, tokens]."""

@@ -35,8 +35,8 @@ class RecallModel(nn.Module):
 
     @property
     def state_floats(self) -> int:
-        """Numbers that are kept of a sequence, however long it is."""
-        return self.sidecar.state_bytes // 4
+        """Numbers that are kept of a sequence, however long it is; as published, without a short convolution's inputs."""
+        return self.sidecar.empty_state(1).matrices.num_bytes // 4
 
     def forward(
         self, ids: Int[Tensor, "batch tokens"], wanted: Bool[Tensor, "batch tokens"]

@@ -67,14 +67,13 @@ def _demo_batch(demo: Demo, rank: int) -> Batch:
     """One rank's half of a training batch of the run's size, in sequences of four segments."""
     tasks, training, width = demo.config.tasks, demo.config.training, demo.config.backbone.segment_tokens
     mixture = Mixture.from_config(tasks, demo.vocabulary, demo.corpus, seed=SEED)
-    rows, windows = (
-        range(rank * size // RANKS, (rank + 1) * size // RANKS)
-        for size in (training.batch_size, max(training.in_window_batch_size, RANKS))
-    )
+    sizes = (training.batch_size, max(training.in_window_batch_size, RANKS), training.filler_windows * RANKS)
+    rows, windows, fillers = (range(rank * size // RANKS, (rank + 1) * size // RANKS) for size in sizes)
     long = mixture.spanning_batch(rows, SEGMENTS * width, num_queries=tasks.num_queries, segment_tokens=width)
     near = mixture.in_window_batch(windows, width, num_queries=tasks.num_queries)
     tokens, answer = (torch.from_numpy(part).view(len(rows), SEGMENTS, width) for part in long)
-    return Batch(tokens, answer, torch.zeros_like(answer), *(torch.from_numpy(part) for part in near))
+    filler = mixture.filler_batch(fillers, width)
+    return Batch(tokens, answer, torch.zeros_like(answer), *(torch.from_numpy(part) for part in (*near, filler)))
 
 
 def _errors(config: RunConfig, model: Cortex, shards: Shards, whole: Cortex, halves: list[Batch]) -> dict[str, float]:
