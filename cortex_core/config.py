@@ -242,8 +242,7 @@ class TrainingConfig(Settings):
     read_strength: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of its reading with which a memory must answer in training: the rest is a margin for words it never saw."""
     write_noise: Annotated[float, Field(ge=0.0, le=0.1)] = 0.004
-    """Share of tokens that training writes whatever the gate says: in a long text some will be written by mistake, and
-    what was learned must survive it."""
+    """Share of tokens that training writes whatever the gate says: what was learned must survive writes by mistake."""
     truncate_segments: Annotated[int, Field(ge=0)] = 0
     """Gradients flow back through this many segments of carried state; 0 means all of them."""
     calibration_windows: Annotated[int, Field(ge=0)] = 64
@@ -255,13 +254,11 @@ class TrainingConfig(Settings):
     sparsity_weight: NonNegative = 10.0
     """Weight of the write penalty: how far gates stand above the lower edge of the dead zone's safety margin."""
     sparsity_span: tuple[Fraction, Fraction] = (0.2, 0.4)
-    """Shares of training between which the write penalty rises from 0 to its weight: what is to be written has to be
-    found before. By default it rises while two segments of half the window are read."""
+    """Shares of training between which the write penalty rises to its weight: what to write has to be found before."""
     sparsity_margin: NonNegative = 0.4
     """Safety margin below the dead zone, in gate activation: unused gates are pushed this far from opening."""
     filler_windows: Annotated[int, Field(ge=0)] = 2
-    """Windows of nothing but filler per long sequence, on which gates that come near opening are pushed shut: a long
-    text holds far more of it than the sequences that are trained on. 0 turns them off."""
+    """Windows of filler per long sequence on which gates that come near opening are pushed shut; 0 turns them off."""
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
     """Decay per step of the weight average that is evaluated and exported; 0 turns averaging off."""
     autocast: Literal["none", "bfloat16"] = "none"
