@@ -170,9 +170,11 @@ class Sidecar(nn.Module):
             out, write, surprises, final, snapshot = result
         read_to = tokens.valid.sum(1)
         final = final._replace(context=self._context(hidden, read_to))
-        if snapshot_segment is not None:
-            read_to = torch.minimum(snapshot_segment.clamp_min(0) * tokens.segment_tokens, read_to)
-        snapshot = snapshot._replace(context=self._context(hidden, read_to))
+        if snapshot_segment is None:
+            snapshot = final
+        else:
+            border = torch.minimum(snapshot_segment.clamp_min(0) * tokens.segment_tokens, read_to)
+            snapshot = snapshot._replace(context=self._context(hidden, border))
         added = None
         if out is not None:
             asked = hard_gate(self.read_gate(hidden)[:, :, -new:], config.dead_zone, config.saturation)

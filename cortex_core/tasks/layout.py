@@ -171,8 +171,7 @@ class TextTask(ABC):
         if cut_fact and not opens and 0 <= (cut := segment_tokens - _inside(rng, sheet.facts)) <= room:
             before = cut
         after = int(rng.integers(0, max(min(segment_tokens - asked, room - before), 0) + 1))
-        start = sheet.queries[0].answer_from - 1 if sheet.queries else 0
-        if cut_question and start > 0:
+        if cut_question and (start := sheet.queries[0].answer_from - 1) > 0:
             cut = segment_tokens - asked + int(rng.integers(1, start + 1))
             after = cut if 0 <= cut <= room - before else after
         filler = self.filler.tokens((self.seed, SPLIT_CODES[self.split], index), room)

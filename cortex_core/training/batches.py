@@ -11,6 +11,7 @@ import torch
 from cortex_core.config import TasksConfig, TrainingConfig
 from cortex_core.tasks.mixture import Mixture
 from cortex_core.training.objectives import Batch
+from cortex_core.training.schedules import sparsity_factor
 
 _LENGTH_STREAM, _NOISE_STREAM = 11, 12
 
@@ -49,13 +50,14 @@ class BatchSource:
         or whole and in short segments."""
         segments, width = self.shape(step)
         long = self.training.batch_size * segments * width
-        fillers = self._filler_windows if self.long.fillers else 0
+        fillers = len(self._filler_rows(step, 0, 1)) if self.long.fillers else 0
         return long + 2 * (self.training.in_window_batch_size + fillers) * self.segment_tokens
 
-    @property
-    def _filler_windows(self) -> int:
-        """Per step, over all workers."""
-        return self.training.filler_windows * self.training.batch_size
+    def _filler_rows(self, step: int, part: int, parts: int) -> range:
+        """Windows of filler of one part: none before the write penalty begins, or no gate would learn what to write."""
+        if self.training.sparsity_weight * sparsity_factor(step, self.training) == 0.0:
+            return range(0)
+        return _share(self.training.filler_windows * self.training.batch_size, step, part, parts)
 
     def calibration_ids(self) -> torch.Tensor:
         """What new addresses are fitted on, int64 [windows, segment_tokens]: such as in-window batches hold."""
@@ -92,9 +94,7 @@ class BatchSource:
             torch.from_numpy(self._noise(rows, segments * width)).view(shape),
             torch.from_numpy(ids),
             torch.from_numpy(asked),
-            torch.from_numpy(
-                self.long.filler_batch(_share(self._filler_windows, step, part, parts), self.segment_tokens)
-            ),
+            torch.from_numpy(self.long.filler_batch(self._filler_rows(step, part, parts), self.segment_tokens)),
         )
 
     def _noise(self, rows: range, tokens: int) -> np.ndarray:

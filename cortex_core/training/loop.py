@@ -14,6 +14,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.config import OptimizerConfig, TrainingConfig
 from cortex_core.fast_weights.ranks import Usage
 from cortex_core.training.objectives import Batch
+from cortex_core.training.schedules import learning_rate_factor, sparsity_factor
 
 
 class Learner:
@@ -166,20 +167,3 @@ def parameter_groups(parameters: Mapping[str, Tensor], settings: OptimizerConfig
         rate = next((rates[part] for part in name.split(".") if part in rates), settings.learning_rate)
         groups.setdefault(rate, []).append(parameter)
     return [{"params": members, "lr": rate, "peak_lr": rate} for rate, members in groups.items()]
-
-
-def sparsity_factor(step: int, training: TrainingConfig) -> float:
-    """0 until the first share of `sparsity_span`, rising to 1 at the second.
-
-    A gate that is pushed shut before it has found what to write never opens again: in its dead zone it has no gradient.
-    """
-    begin, end = training.sparsity_span
-    done = step / training.steps
-    return min(1.0, max(0.0, (done - begin) / (end - begin))) if begin < end else float(done >= end)
-
-
-def learning_rate_factor(step: int, steps: int, settings: OptimizerConfig) -> float:
-    """Linear warm-up to 1, flat for the first half, then linear decay to `final_frac`."""
-    warmup = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    decay = min(1.0, (steps - step) / max(steps / 2, 1))
-    return warmup * (settings.final_frac + (1 - settings.final_frac) * decay)

@@ -20,6 +20,7 @@ from cortex_core.fast_weights.gate import margin_penalty
 
 KL_STRIDE = 4
 SHORT_SEGMENT = 8
+"""Tokens; no segment may be shorter (`BackboneConfig.segment_tokens`)."""
 LEAK_FLOOR = 0.05
 """Sum of squared excesses at which a window of filler counts half."""
 
@@ -68,7 +69,7 @@ class ReadingLoss(nn.Module):
             "memory/write_frac": _write_frac(passes),
             "memory/state_norm": _state_norm(passes[-1].final),
         }
-        if len(batch.filler_ids) and sparsity > 0.0:
+        if len(batch.filler_ids):
             leak = self._leak(batch.filler_ids, batch.input_ids[0].numel(), passes[-1].final)
             loss = loss + sparsity * self.config.sparsity_weight * leak
             metrics["loss/filler"] = leak.detach()

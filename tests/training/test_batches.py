@@ -36,7 +36,7 @@ def test_a_step_is_always_the_same_batch() -> None:
     for step in (0, 3, 5):
         assert equal(whole(first, step), whole(again, step))
         assert not torch.equal(whole(first, step).in_window_ids, whole(other_seed, step).in_window_ids)
-        assert not torch.equal(whole(first, step).filler_ids, whole(other_seed, step).filler_ids)
+    assert not torch.equal(whole(first, 5).filler_ids, whole(other_seed, 5).filler_ids)
     later, earlier = whole(first, 4), whole(first, 2)  # in any order
     assert equal(later, whole(again, 4)) and equal(earlier, whole(again, 2))
 
@@ -162,14 +162,14 @@ def test_write_noise_is_the_share_of_forced_tokens() -> None:
 
 
 def test_filler_windows_hold_each_kind_of_filler_and_never_a_fact() -> None:
-    of = source(filler_windows=3)
+    of = source(filler_windows=3, sparsity_span=(0.0, 0.0))
     found = torch.cat([whole(of, step).filler_ids for step in range(6)])
     assert found.shape == (6 * 3 * 8, SEGMENT) and len({tuple(row) for row in found.tolist()}) > 100
     assert not (found == tiny.vocabulary().pieces[" remember"][0]).any()
     alone = {name: tiny.TASKS.model_copy(update={"fillers": (name,)}) for name in ("text", "random")}
     kinds = {}
     for name, tasks in alone.items():
-        (batch,) = tiny.batches(tiny.training(filler_windows=8), tasks).micro_batches(0, 0, 1)
+        (batch,) = tiny.batches(tiny.training(filler_windows=8, sparsity_span=(0.0, 0.0)), tasks).micro_batches(0, 0, 1)
         kinds[name] = batch.filler_ids.flatten().unique().numel()
     assert kinds["random"] > 1.2 * kinds["text"], "random tokens are of more kinds than text"
 
@@ -180,3 +180,12 @@ def test_text_that_is_to_be_remembered_is_no_filler() -> None:
     (batch,) = of.micro_batches(5, 0, 1)
     assert batch.filler_ids.shape == (0, SEGMENT) and batch.filler_ids.dtype == torch.int64
     assert of.tokens(5) == batch.input_ids.numel()
+
+
+def test_filler_windows_wait_for_the_write_penalty() -> None:
+    """Before, no gate may be pushed shut: it would never find what is worth writing."""
+    of = source(steps=10, sparsity_span=(0.3, 0.5))
+    found = [len(whole(of, step).filler_ids) for step in range(10)]
+    assert found == [0] * 4 + [16] * 6  # at step 3 the penalty is still 0
+    assert of.tokens(4) - of.tokens(3) >= 2 * 16 * SEGMENT
+    assert not len(whole(source(steps=10, sparsity_weight=0.0), 9).filler_ids)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import OptimizerConfig
-from cortex_core.training.loop import Learner, learning_rate_factor, parameter_groups, sparsity_factor
+from cortex_core.training.loop import Learner, parameter_groups
 from cortex_core.training.objectives import Batch, ReadingLoss
+from cortex_core.training.schedules import learning_rate_factor, sparsity_factor
 from tests import tiny
 
 RATES = OptimizerConfig(learning_rate=0.001, gate_learning_rate=0.002, output_learning_rate=0.003, warmup_steps=4)

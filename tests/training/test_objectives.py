@@ -293,18 +293,6 @@ def test_answers_come_from_a_share_of_the_reading_and_windows_from_all_of_it() -
     assert share["loss/in_window_kl_nats"].item() == pytest.approx(whole["loss/in_window_kl_nats"].item(), rel=1e-5)
 
 
-def test_filler_is_read_once_the_write_penalty_begins() -> None:
-    """Before, no gate may be pushed shut: it would never find what is worth writing."""
-    model, batch = tiny.model(open_gates=True), random_batch(fillers=ROWS)
-    objective = ReadingLoss(model, tiny.training())
-    with Embeddings(model) as seen:
-        _, before = objective(batch, sparsity=0.0)
-        early = len(seen.leaves)
-        _, after = objective(batch, sparsity=0.5)
-    assert "loss/filler" not in before and float(after["loss/filler"]) > 0.01
-    assert len(seen.leaves) == 2 * early + 2
-
-
 def test_gates_that_filler_opens_wide_are_pushed_shut_from_any_dead_zone() -> None:
     """Also where the margin is wider than the dead zone, and the gate as open as float32 can tell."""
     for dead_zone, bias in itertools.product((0.0, 0.1, 0.5), (0.0, 9.0, 40.0)):

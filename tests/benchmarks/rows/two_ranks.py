@@ -67,7 +67,11 @@ def _demo_batch(demo: Demo, rank: int) -> Batch:
     """One rank's half of a training batch of the run's size, in sequences of four segments."""
     tasks, training, width = demo.config.tasks, demo.config.training, demo.config.backbone.segment_tokens
     mixture = Mixture.from_config(tasks, demo.vocabulary, demo.corpus, seed=SEED)
-    sizes = (training.batch_size, max(training.in_window_batch_size, RANKS), training.filler_windows * RANKS)
+    sizes = (
+        training.batch_size,
+        max(training.in_window_batch_size, RANKS),
+        training.filler_windows * training.batch_size,
+    )
     rows, windows, fillers = (range(rank * size // RANKS, (rank + 1) * size // RANKS) for size in sizes)
     long = mixture.spanning_batch(rows, SEGMENTS * width, num_queries=tasks.num_queries, segment_tokens=width)
     near = mixture.in_window_batch(windows, width, num_queries=tasks.num_queries)
