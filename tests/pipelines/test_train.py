@@ -213,7 +213,7 @@ def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
 LONG = 12
 TWO = {
     "cluster__num_workers": 2, "cluster__cpus_per_worker": 0.5, "sharding__stage": 3, "training__steps": LONG,
-    "seed": 2,  # under 0, rounding alone moves the gate of one token over a threshold: another path of training
+    "seed": 2,  # under 0, a gate stands exactly on the dead zone: rounding decides whether it has a gradient
 }  # fmt: skip
 
 
