@@ -18,7 +18,20 @@ from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
 from tests.benchmarks import child, pairs, rank_picture
 from tests.benchmarks.row import Row, table
-from tests.benchmarks.rows import cost, far, needles, ranks, recall, safety, seeds, sharding, tasks, text, wallclock
+from tests.benchmarks.rows import (
+    cost,
+    far,
+    gpu,
+    needles,
+    ranks,
+    recall,
+    safety,
+    seeds,
+    sharding,
+    tasks,
+    text,
+    wallclock,
+)
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
 
@@ -122,7 +135,12 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
     slow = (wallclock, far, seeds, ranks, tasks)
-    opt_in = {*(name for rows in slow for name in rows.ROWS), "long_files_bits_saved_percent"}
+    opt_in = {
+        *(name for rows in slow for name in rows.ROWS),
+        *gpu.KERNEL_ROWS,
+        *gpu.MODEL_ROWS,
+        "long_files_bits_saved_percent",
+    }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
         *wallclock.ROWS, "recall_min", "chunk_vs_oracle_speedup",

@@ -23,9 +23,16 @@ def fingerprint(
     is read; every rank must then call this together.
     """
     digest = hashlib.sha256()
+    names, samples = [], []
     for name, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
         with gathered(parameter):
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            sample = parameter.detach().flatten()[:SAMPLE].cpu().to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
+            names.append(f"{name}{tuple(parameter.shape)}")
+            samples.append(parameter.detach().flatten()[:SAMPLE].to(torch.bfloat16, copy=True))
+    if not samples:
+        return digest.hexdigest()[:16]
+    # To the CPU all at once: a GPU is waited for each time.
+    together = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu().view(torch.int16)
+    for name, sample in zip(names, together.split([len(sample) for sample in samples]), strict=True):
+        digest.update(name.encode())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -145,15 +145,18 @@ class Cortex(nn.Module):
         With `log_writes`, the session keeps as many of each row's latest writes per memory layer, with their sources,
         so that they can be taken back (`forget`, `ttl_tokens`); the oldest beyond that stay for good.
         """
-        device = self.backbone.device
-        start = torch.zeros(batch_size, dtype=torch.long, device=device)
-        rows = Rows.empty(batch_size, device)
-        with torch.no_grad():
-            session = Session(self.empty_states(batch_size), rows, start, self.identity(), self.empty_states(1))
+        session = self._unnamed_session(batch_size)
+        session.identity = self.identity()
         if log_writes is not None:
             session.log = WriteLog.empty(log_writes, self.sidecars_by_layer, session.states)
-            session.open_rows = rows.with_tags()
+            session.open_rows = session.open_rows.with_tags()
         return session
+
+    @torch.no_grad()
+    def _unnamed_session(self, batch_size: int) -> Session:
+        """A session that nobody will keep: without fingerprints, for which a GPU is waited for."""
+        states, rows = self.empty_states(batch_size), Rows.empty(batch_size, self.backbone.device)
+        return Session(states, rows, torch.zeros_like(rows.lengths), {}, self.empty_states(1))
 
     def load_session(self, path: str | Path) -> Session:
         """Read a session that a model with the same fingerprints has saved. Raises DataError, IncompatibleError."""
@@ -209,7 +212,7 @@ class Cortex(nn.Module):
             return CortexOutput(out.logits, {})
         if session is None and input_ids.shape[1] <= self.segment_tokens and self.write_filter is None:
             return self._one_segment(input_ids, attention_mask, reward, logits_to_keep)
-        session = session or self.new_session(len(input_ids))
+        session = session or self._unnamed_session(len(input_ids))
         rows, mask = checked_rows(input_ids, attention_mask, reward, session.batch_size)
         rows = tagged(session, rows, source, ttl_tokens)
         tail = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
@@ -257,7 +260,7 @@ class Cortex(nn.Module):
         """
         if not self._memory_on:
             return self.backbone.generate(input_ids=input_ids, **options)  # type: ignore[operator]
-        session = session or self.new_session(len(input_ids))
+        session = session or self._unnamed_session(len(input_ids))
         mask = options.pop("attention_mask", None)
         rows, _ = checked_rows(input_ids, mask, None, session.batch_size)
         return generate(self, input_ids, tagged(session, rows, source, None), session, source, **options)
@@ -285,10 +288,11 @@ class Cortex(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, reward: Tensor | None, logits_to_keep: int
     ) -> CortexOutput:
         """Nothing before it and no more than the window: the backbone's own call, with its own padding."""
-        session = self.new_session(len(input_ids))
+        session = self._unnamed_session(len(input_ids))
         _, mask = checked_rows(input_ids, attention_mask, reward, session.batch_size)
         reward = torch.zeros(input_ids.shape, device=input_ids.device) if reward is None else reward
-        memory = self.listen(Layout(1, mask, session.start_tokens, reward), session.states)
+        layout = Layout(1, mask, session.start_tokens, reward, left_padded=attention_mask is not None)
+        memory = self.listen(layout, session.states)
         with attention_pass(memory):
             out = self.backbone(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=logits_to_keep

@@ -117,6 +117,7 @@ class GenerationPass(MemoryPass):
             start=self.layout.start + self.layout.valid.sum(1),
             reward=torch.zeros(rows, hidden.shape[1], device=device),
             silent=None if self.write_new else torch.ones(rows, hidden.shape[1], dtype=torch.bool, device=device),
+            left_padded=False,
         )
 
     def _read(self, layer: int, sidecar: Sidecar, tokens: LayerTokens) -> Reading:

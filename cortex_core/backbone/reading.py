@@ -121,6 +121,7 @@ def _read_block(model, padded, silent, session, states, first, count, closed, wa
         session.start_tokens + first * width,
         padded.reward[:, now].reshape(flat),
         None if silent is None else silent[:, now].reshape(flat),
+        left_padded=False,
     )
     ids, log = padded.input_ids[:, now].view(session.batch_size, count, width), session.log is not None
     predict = wanted.reshape(ids.shape) if bool(wanted.any()) else False

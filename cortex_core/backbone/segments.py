@@ -130,6 +130,8 @@ class Layout(NamedTuple):
     """True where nothing must be written; None is nowhere."""
     forced: Bool[Tensor, "flat width"] | None = None
     """True where is written at full strength, whatever the gate says; None is nowhere."""
+    left_padded: bool = True
+    """Whether tokens may stand behind padding. To find out takes a look at `valid`, for which a GPU is waited for."""
 
     @classmethod
     def plain(cls, input_ids: Int[Tensor, "batch segments width"], start: int) -> Layout:
@@ -141,6 +143,7 @@ class Layout(NamedTuple):
             torch.ones(flat, dtype=torch.bool, device=device),
             torch.full((batch,), start, dtype=torch.long, device=device),
             torch.zeros(flat, device=device),
+            left_padded=False,
         )
 
     def to_sequences(self, x: Tensor) -> Tensor:
@@ -164,6 +167,8 @@ class Layout(NamedTuple):
         return (self.start[:, None] + valid.cumsum(1) - 1).clamp_min(0)
 
     def _left_aligned(self, sign: int) -> Tensor | None:
+        if not self.left_padded:
+            return None
         width = self.valid.shape[1]
         padding = self.valid.int().argmax(dim=1)
         if not padding.any():

@@ -39,7 +39,7 @@ def states_of(prefix: str, tensors: Mapping[str, Tensor], like: States) -> State
         return tensors[name] if scale is None else from_int8(tensors[name], scale)
 
     def state(layer: int, like: FastWeights) -> FastWeights:
-        names = [name for name, part in like._asdict().items() if part is not None]
+        names = [name for name, value in like._asdict().items() if value is not None]
         return FastWeights(**{name: part(f"{prefix}.{layer}.{name}") for name in names})
 
     return {layer: state(layer, s) for layer, s in like.items()}

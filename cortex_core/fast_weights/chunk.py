@@ -102,8 +102,9 @@ def _segment(
     chunk_size: int,
     read: bool,
 ) -> tuple[Tensor | None, FastWeights]:
-    if not torch.is_grad_enabled() and dose.idle is None and not dose.ticks.any():
-        # Nothing is written: the state stands and a read is one product. Filler costs next to nothing.
+    if keys.device.type == "cpu" and not torch.is_grad_enabled() and dose.idle is None and not dose.ticks.any():
+        # Nothing is written: the state stands and a read is one product. Filler costs next to nothing. (A GPU would
+        # have to be waited for to know.)
         return rule.project(queries, state) @ state.up if read else None, state
     if not rule.hebbian and _kernel_runs(keys):
         from cortex_core.fast_weights.kernel import delta_rule

@@ -26,9 +26,11 @@ class TappedGate(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch heads tokens"]:
         """Activations, 0 to 1."""
-        logits = self.bias + hidden @ self.weight[0].T
+        # One product for all taps: the input, by far the largest thing here, is read once.
+        seen = (hidden @ self.weight.flatten(0, 1).T).chunk(self.taps, dim=-1)
+        logits = self.bias + seen[0]
         for tap in range(1, min(self.taps, hidden.shape[1])):
-            logits = logits + earlier(hidden @ self.weight[tap].T, tap)
+            logits = logits + earlier(seen[tap], tap)
         return torch.sigmoid(logits).transpose(1, 2)
 
 

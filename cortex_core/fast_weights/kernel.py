@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cortex_core.fast_weights import kernel_passes as passes
+from cortex_core.fast_weights.kernel_table import TABLE, Cut, Precision
 
-Precision = Literal["ieee", "tf32x3"]
 MAX_RANK = 128  # above, a program's tiles no longer fit into an SM's registers and shared memory
 
 
@@ -38,17 +38,18 @@ def delta_rule(
     """Decay, write, read, for all tokens. Returns what each token reads (None without `read`) and the final state.
 
     Keys and queries of unit length; keys, queries and values float32 or bfloat16, outputs and gradients like them; the
-    rest float32, and so is every sum and product inside. `chunk_size` changes the speed alone: it is brought to 16 or
-    32. `precision` is that of the products: "ieee" is float32; "tf32x3", three passes of the tensor cores, is nearly
-    that, and the default above rank 64, where float32 products need more registers than there are.
+    rest float32, and so is every sum inside. `chunk_size` changes the speed alone, and is only an upper bound.
+    `precision` is that of the products: "tf32x3", three passes of the tensor cores, is float32 but for the last bits,
+    and the default; "tf32", one pass with 11 bits, is that of bfloat16, which has 8; "ieee" is float32, slowly.
     """
     assert keys.shape[-1] <= MAX_RANK, keys.shape
     log_kept = ticks.float() * log_decay.float()[:, None]
-    chunk = max(16, min(32, _power_of_two(chunk_size), _power_of_two(keys.shape[2])))
+    precision = precision or ("tf32x3" if keys.dtype == torch.float32 else "tf32")
+    cut = TABLE[precision, max(16, _power_of_two(keys.shape[-1]))]
+    cut = cut._replace(chunk=max(16, min(cut.chunk, _power_of_two(chunk_size), _power_of_two(keys.shape[2]))))
     out, final = _DeltaRule.apply(  # type: ignore[misc]
-        keys, queries, values, write.float(), log_kept, initial.float(), chunk, read,
-        precision or ("ieee" if keys.shape[-1] <= 64 else "tf32x3"),
-    )  # fmt: skip
+        keys, queries, values, write.float(), log_kept, initial.float(), cut, read, precision
+    )
     return (out if read else None), final
 
 
@@ -60,7 +61,7 @@ class _Launch(NamedTuple):
     tokens: int
     rank: int
     dim: int
-    chunk: int
+    cut: Cut
     reads: bool
     precision: Precision
 
@@ -69,23 +70,28 @@ class _Launch(NamedTuple):
         return self.batch * self.heads
 
     @property
+    def chunk(self) -> int:
+        return self.cut.chunk
+
+    @property
     def chunks(self) -> int:
         return -(-self.tokens // self.chunk)
 
-    @property
-    def tiles(self) -> dict[str, int]:
-        """Padded sizes, a power of two at least 16, the least that a product takes."""
-        rank = max(16, _power_of_two(self.rank))
-        return {"rank_wide": rank, "dim_wide": min(32, max(16, _power_of_two(self.dim)))}
+    def options(self, name: str) -> dict[str, Any]:
+        """What a pass is compiled for: padded sizes, a power of two at least 16, the least that a product takes; and
+        one stage, as a second one would double the shared memory, and programs hide each other's loads."""
+        warps, columns = getattr(self.cut, name)
+        return {
+            "rank_wide": max(16, _power_of_two(self.rank)),
+            "dim_wide": min(columns, max(16, _power_of_two(self.dim))),
+            "precision": self.precision,
+            "num_warps": warps,
+            "num_stages": 1,
+        }
 
-    @property
-    def columns(self) -> int:
-        return -(-self.dim // self.tiles["dim_wide"])
-
-    @property
-    def resources(self) -> dict[str, int]:
-        """One stage: a second one would double the shared memory, and programs hide each other's loads."""
-        return {"num_warps": 8 if self.tiles["rank_wide"] > 32 else 4, "num_stages": 1}
+    def columns(self, name: str) -> int:
+        """Programs side by side in a pass that takes so many columns each."""
+        return -(-self.dim // self.options(name)["dim_wide"])
 
 
 class _DeltaRule(torch.autograd.Function):
@@ -100,14 +106,14 @@ class _DeltaRule(torch.autograd.Function):
         write: Tensor,
         log_kept: Tensor,
         initial: Tensor,
-        chunk: int,
+        cut: Cut,
         reads: bool,
         precision: Precision,
     ) -> tuple[Tensor, Tensor]:
         keys, queries, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, queries, values))
         write, log_kept = write.contiguous(), log_kept.contiguous()
         batch, heads, tokens, rank = keys.shape
-        launch = _Launch(batch, heads, tokens, rank, values.shape[-1], chunk, reads, precision)
+        launch = _Launch(batch, heads, tokens, rank, values.shape[-1], cut, reads, precision)
         with torch.cuda.device_of(keys):
             out, states = _forward(launch, keys, queries, values, write, log_kept, initial)
         ctx.save_for_backward(keys, queries, values, write, log_kept, states)
@@ -137,9 +143,9 @@ def _forward(
     if not launch.reads:
         return values.new_empty(0), states
     out = partial if values.dtype == torch.float32 else torch.empty_like(partial, dtype=values.dtype)
-    passes.read[(launch.streams * launch.chunks, launch.columns)](
+    passes.read[(launch.streams * launch.chunks, launch.columns("read"))](
         reach, states, partial, out, launch.tokens, launch.chunks,
-        launch.rank, launch.dim, launch.chunk, **launch.tiles, precision=launch.precision, **launch.resources,
+        launch.rank, launch.dim, launch.chunk, **launch.options("read"),
     )  # fmt: skip
     return out.view(launch.batch, launch.heads, launch.tokens, launch.dim), states
 
@@ -164,24 +170,24 @@ def _backward(
     solved, scored = write.new_empty(2, launch.streams * launch.chunks, launch.chunk, launch.chunk)
     erased, kept = _prepare(launch, keys, queries, d_out, write, log_kept, d_states, write, write, solved, scored)
     _carry(launch, erased, kept, d_states, backward=True)
-    error, asked = write.new_empty(2, launch.streams, launch.tokens, launch.dim)
-    passes.errors[(launch.streams * launch.chunks, launch.columns)](
-        keys, values, write, log_kept, solved, scored, states, d_states, d_out, error, asked,
-        *keys.stride()[:3], *values.stride()[:3], launch.heads, launch.tokens, launch.chunks,
-        launch.rank, launch.dim, launch.chunk, **launch.tiles,
-        reads=launch.reads, precision=launch.precision, **launch.resources,
-    )  # fmt: skip
     d_keys, d_queries, d_values = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (keys, queries, values)
     )
     d_write, d_log_kept = torch.empty_like(write), torch.empty_like(log_kept)
+    alone = launch.cut.errors is None
+    error, asked = (write, write) if alone else write.new_empty(2, launch.streams, launch.tokens, launch.dim)
+    if not alone:
+        passes.errors[(launch.streams * launch.chunks, launch.columns("errors"))](
+            keys, values, write, log_kept, solved, scored, states, d_states, d_out, error, asked,
+            *keys.stride()[:3], *values.stride()[:3], launch.heads, launch.tokens, launch.chunks,
+            launch.rank, launch.dim, launch.chunk, reads=launch.reads, **launch.options("errors"),
+        )  # fmt: skip
     passes.gradients[(launch.streams * launch.chunks,)](
-        keys, queries, values, write, log_kept, scored, states, d_states, d_out, error, asked,
+        keys, queries, values, write, log_kept, solved, scored, states, d_states, d_out, error, asked,
         d_keys, d_queries, d_values, d_write, d_log_kept,
         *keys.stride()[:3], *queries.stride()[:3], *values.stride()[:3],
         launch.heads, launch.tokens, launch.chunks,
-        launch.rank, launch.dim, launch.chunk, **launch.tiles,
-        reads=launch.reads, precision=launch.precision, **launch.resources,
+        launch.rank, launch.dim, launch.chunk, reads=launch.reads, alone=alone, **launch.options("gradients"),
     )  # fmt: skip
     d_initial = d_states[:, 0].reshape(d_final.shape)
     return d_keys, d_queries if launch.reads else None, d_values, d_write, d_log_kept, d_initial
@@ -208,17 +214,17 @@ def _prepare(
         erased, kept, reach, write if solved is None else solved, write if scored is None else scored, states, partial,
         *keys.stride()[:3], *queries.stride()[:3], *strides,
         launch.heads, launch.tokens, launch.chunks,
-        launch.rank, launch.dim, launch.chunk, **launch.tiles,
-        reads=launch.reads, backward=solved is not None, precision=launch.precision, **launch.resources,
+        launch.rank, launch.dim, launch.chunk, reads=launch.reads, backward=solved is not None,
+        **launch.options("prepare" if solved is None else "prepare_backward"),
     )  # fmt: skip
     return erased, kept
 
 
 def _carry(launch: _Launch, erased: Tensor, kept: Tensor, states: Tensor, *, backward: bool) -> None:
-    passes.carry[(launch.streams, launch.columns)](
-        erased, kept, states, launch.chunks, launch.rank, launch.dim, **launch.tiles,
-        backward=backward, precision=launch.precision, **launch.resources,
-    )  # fmt: skip
+    name = "carry_backward" if backward else "carry"
+    passes.carry[(launch.streams, launch.columns(name))](
+        erased, kept, states, launch.chunks, launch.rank, launch.dim, backward=backward, **launch.options(name)
+    )
 
 
 def _states(launch: _Launch, like: Tensor) -> Tensor:

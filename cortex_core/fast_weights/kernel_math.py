@@ -27,20 +27,69 @@ except ImportError:
 # Types are not checked inside kernels: the tests' run-time checker would wrap what Triton has to read as source.
 @jit
 @no_type_check
-def load_rows(pointer, place, rows, stride, width: tl.constexpr, wide: tl.constexpr):
-    """Rows `place` of a matrix as float32, [len(place), wide]; 0 past its `rows` and `width`."""
-    column = tl.arange(0, wide)
-    inside = (place[:, None] < rows) & (column[None, :] < width)
+def load_rows(pointer, place, rows, stride, start, width: tl.constexpr, wide: tl.constexpr):
+    """Rows `place`, columns from `start`, of a matrix as float32, [len(place), wide]; 0 past its `rows` and `width`."""
+    column = start + tl.arange(0, wide)
+    inside = place[:, None] < rows
+    if width % wide:  # a mask over columns would keep a thread from loading several at once
+        inside = inside & (column[None, :] < width)
     return tl.load(pointer + place[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
 @no_type_check
-def store_rows(pointer, place, rows, stride, width: tl.constexpr, wide: tl.constexpr, tile):
+def store_rows(pointer, place, rows, stride, start, width: tl.constexpr, wide: tl.constexpr, tile):
     """The reverse of `load_rows`, rounded to what `pointer` points to."""
-    column = tl.arange(0, wide)
-    inside = (place[:, None] < rows) & (column[None, :] < width)
+    column = start + tl.arange(0, wide)
+    inside = place[:, None] < rows
+    if width % wide:
+        inside = inside & (column[None, :] < width)
     tl.store(pointer + place[:, None] * stride + column[None, :], tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@jit
+@no_type_check
+def load_matrix(
+    pointer, start, height: tl.constexpr, width: tl.constexpr, high: tl.constexpr, wide: tl.constexpr
+):  # fmt: skip
+    """Columns from `start` of a float32 matrix [height, width] that lies in one piece, [high, wide]; 0 past its end."""
+    row = tl.arange(0, high)[:, None]
+    column = start + tl.arange(0, wide)[None, :]
+    if height % high or width % wide:
+        return tl.load(pointer + row * width + column, mask=(row < height) & (column < width), other=0.0)
+    return tl.load(pointer + row * width + column)
+
+
+@jit
+@no_type_check
+def store_matrix(
+    pointer, start, height: tl.constexpr, width: tl.constexpr, high: tl.constexpr, wide: tl.constexpr, tile
+):  # fmt: skip
+    """The reverse of `load_matrix`."""
+    row = tl.arange(0, high)[:, None]
+    column = start + tl.arange(0, wide)[None, :]
+    if height % high or width % wide:
+        tl.store(pointer + row * width + column, tile, mask=(row < height) & (column < width))
+    else:
+        tl.store(pointer + row * width + column, tile)
+
+
+@jit
+@no_type_check
+def load_square(pointer, size: tl.constexpr, wanted: tl.constexpr):
+    """A float32 matrix [size, size]; 0 where it is not wanted, and then nothing is loaded."""
+    if wanted:
+        return load_matrix(pointer, 0, size, size, size, size)
+    return tl.zeros([size, size], tl.float32)
+
+
+@jit
+@no_type_check
+def position(chunks, chunk: tl.constexpr):
+    """Of this program: the number of its chunk in its stream, the stream, and where the chunk's tokens stand in it."""
+    number = tl.program_id(0) % chunks
+    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    return number, stream, (number * chunk + tl.arange(0, chunk)).to(tl.int64)
 
 
 @jit
@@ -72,7 +121,7 @@ def weights(write, log_kept, stream, place, tokens, chunk: tl.constexpr):
 @jit
 @no_type_check
 def inverse(system, size: tl.constexpr, precision: tl.constexpr):
-    """Of I + `system`, which is strictly lower triangular, [size, size], size 16 or 32.
+    """Of I + `system`, which is strictly lower triangular, [size, size], size 16, 32 or 64.
 
     Diagonal blocks, twice as wide at each step: the inverse of [[P, 0], [F, Q]] has -Q^-1 F P^-1 below the diagonal. So
     there is no loop over rows; and with unit keys no entry of any of these inverses exceeds max(1, write) (README.md),
@@ -90,10 +139,13 @@ def inverse(system, size: tl.constexpr, precision: tl.constexpr):
         below = tl.where(joined & apart, small, 0.0)
         found -= tl.dot(found, tl.dot(below, found, input_precision=precision), input_precision=precision)
     whole = tl.reshape(tl.where(same, found[:, :, None, :], 0.0), [size, size])
-    if size == 32:
-        row = tl.arange(0, size)[:, None] // 16
-        column = tl.arange(0, size)[None, :] // 16
-        below = tl.where(row > column, system, 0.0)
+    row = tl.arange(0, size)[:, None] // 16
+    column = tl.arange(0, size)[None, :] // 16
+    if size >= 32:
+        below = tl.where((row > column) & (row // 2 == column // 2), system, 0.0)
+        whole -= tl.dot(whole, tl.dot(below, whole, input_precision=precision), input_precision=precision)
+    if size == 64:
+        below = tl.where(row // 2 > column // 2, system, 0.0)
         whole -= tl.dot(whole, tl.dot(below, whole, input_precision=precision), input_precision=precision)
     return whole
 
@@ -106,6 +158,20 @@ def solve(keys, write, between, chunk: tl.constexpr, precision: tl.constexpr):
     overlap = tl.dot(keys, tl.trans(keys), input_precision=precision)
     system = tl.where(t[:, None] > t[None, :], write[:, None] * between * overlap, 0.0)
     return inverse(system, chunk, precision)
+
+
+@jit
+@no_type_check
+def written(
+    k, value, state, d_state, d_out, solution, scores, w, so_far, to_end, reads: tl.constexpr, precision: tl.constexpr
+):  # fmt: skip
+    """What each token of a chunk wrote, and the gradient of what it was asked to write, for some columns."""
+    wrote = value - so_far[:, None] * tl.dot(k, state, input_precision=precision)
+    wrote = tl.dot(solution, w[:, None] * wrote, input_precision=precision)
+    d_wrote = to_end[:, None] * tl.dot(k, d_state, input_precision=precision)
+    if reads:
+        d_wrote += tl.dot(tl.trans(scores), d_out, input_precision=precision)
+    return wrote, tl.dot(tl.trans(solution), d_wrote, input_precision=precision)
 
 
 @jit

@@ -10,7 +10,21 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from cortex_core.fast_weights.kernel_math import jit, load_rows, row_of, solve, store_rows, tl, weights, within
+from cortex_core.fast_weights.kernel_math import (
+    jit,
+    load_matrix,
+    load_rows,
+    load_square,
+    position,
+    row_of,
+    solve,
+    store_matrix,
+    store_rows,
+    tl,
+    weights,
+    within,
+    written,
+)
 
 
 @jit
@@ -29,49 +43,45 @@ def prepare(
     reach S + partial. Backward, `columns` are the gradients of the outputs: `added` is what they ask of the state
     before the chunk; the triangle's inverse and the decayed products of queries and keys go to `solved` and `scored`.
     """
-    number = tl.program_id(0) % chunks
-    stream = (tl.program_id(0) // chunks).to(tl.int64)
-    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
+    number, stream, place = position(chunks, chunk)
     w, between, so_far, to_end, all_kept = weights(write, log_kept, stream, place, tokens, chunk)
-    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, 0, rank, rank_wide)
     solution = solve(k, w, between, chunk, precision)
     asked = (w * so_far)[:, None] * k  # what each token looks up of the state before the chunk
     left = tl.dot(tl.trans(solution), to_end[:, None] * k, input_precision=precision)
     number = stream * chunks + number
-    rows = tl.arange(0, rank_wide)
-    t = tl.arange(0, chunk)
     gone = tl.dot(tl.trans(left), asked, input_precision=precision)
-    store_rows(erased + number * rank * rank, rows, rank, rank, rank, rank_wide, gone)
+    store_matrix(erased + number * rank * rank, 0, rank, rank, rank_wide, rank_wide, gone)
     tl.store(kept + number, all_kept)
     if backward:
-        store_rows(solved + number * chunk * chunk, t, chunk, chunk, chunk, chunk, solution)
+        store_matrix(solved + number * chunk * chunk, 0, chunk, chunk, chunk, chunk, solution)
     reached = left
     scores = solution
     if reads:
-        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
+        q = row_of(queries, stream, heads, queries_b, queries_h)
+        q = load_rows(q, place, tokens, queries_t, 0, rank, rank_wide)
         scores = between * tl.dot(q, tl.trans(k), input_precision=precision)
         if backward:
-            store_rows(scored + number * chunk * chunk, t, chunk, chunk, chunk, chunk, scores)
+            store_matrix(scored + number * chunk * chunk, 0, chunk, chunk, chunk, chunk, scores)
         scores = tl.dot(scores, solution, input_precision=precision)
         reached = so_far[:, None] * q - tl.dot(scores, asked, input_precision=precision)
         if not backward:
-            store_rows(reach + stream * tokens * rank, place, tokens, rank, rank, rank_wide, reached)
+            store_rows(reach + stream * tokens * rank, place, tokens, rank, 0, rank, rank_wide, reached)
     if reads or not backward:
         origin = row_of(columns, stream, heads, columns_b, columns_h)
         for start in range(0, dim, dim_wide):
-            tile = load_rows(origin + start, place, tokens, columns_t, dim - start, dim_wide)
+            tile = load_rows(origin, place, tokens, columns_t, start, dim, dim_wide)
             if not backward:
                 tile = w[:, None] * tile
                 if reads:
                     out = tl.dot(scores, tile, input_precision=precision)
-                    target = partial + stream * tokens * dim + start
-                    store_rows(target, place, tokens, dim, dim - start, dim_wide, out)
+                    store_rows(partial + stream * tokens * dim, place, tokens, dim, start, dim, dim_wide, out)
                 out = tl.dot(tl.trans(left), tile, input_precision=precision)
             else:
                 out = tl.dot(tl.trans(reached), tile, input_precision=precision)
             # The states are one longer than the chunks: forward this goes behind the state it is added to.
             slot = number + stream + (0 if backward else 1)
-            store_rows(added + slot * rank * dim + start, rows, rank, dim, dim - start, dim_wide, out)
+            store_matrix(added + slot * rank * dim, start, rank, dim, rank_wide, dim_wide, out)
 
 
 @jit
@@ -88,20 +98,28 @@ def carry(
     """
     stream = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * dim_wide
-    rows = tl.arange(0, rank_wide)
-    states += stream * (chunks + 1) * rank * dim + start
-    first = chunks if backward else 0
-    state = load_rows(states + first.to(tl.int64) * rank * dim, rows, rank, dim, dim - start, dim_wide)
-    for step in range(chunks):
-        number = chunks - 1 - step if backward else step
-        chunk = stream * chunks + number
-        gone = load_rows(erased + chunk * rank * rank, rows, rank, rank, rank, rank_wide)
+    states += stream * (chunks + 1) * rank * dim
+    erased += stream * chunks * rank * rank
+    kept += stream * chunks
+    step = -1 if backward else 1
+    number = chunks - 1 if backward else 0
+    slot = states + (number + (0 if backward else 1)).to(tl.int64) * rank * dim
+    state = load_matrix(slot - step * rank * dim, start, rank, dim, rank_wide, dim_wide)
+    gone = load_matrix(erased + number.to(tl.int64) * rank * rank, 0, rank, rank, rank_wide, rank_wide)
+    more = load_matrix(slot, start, rank, dim, rank_wide, dim_wide)
+    left = tl.load(kept + number)
+    for _ in range(chunks):
+        # What the next step needs is on its way while this one computes; the last one asks for its own again.
+        following = tl.minimum(tl.maximum(number + step, 0), chunks - 1)
+        next_slot = states + (following + (0 if backward else 1)).to(tl.int64) * rank * dim
+        next_gone = load_matrix(erased + following.to(tl.int64) * rank * rank, 0, rank, rank, rank_wide, rank_wide)
+        next_more = load_matrix(next_slot, start, rank, dim, rank_wide, dim_wide)
+        next_left = tl.load(kept + following)
         if backward:
             gone = tl.trans(gone)
-        slot = states + (number + (0 if backward else 1)).to(tl.int64) * rank * dim
-        more = load_rows(slot, rows, rank, dim, dim - start, dim_wide)
-        state = tl.load(kept + chunk) * state - tl.dot(gone, state, input_precision=precision) + more
-        store_rows(slot, rows, rank, dim, dim - start, dim_wide, state)
+        state = left * state - tl.dot(gone, state, input_precision=precision) + more
+        store_matrix(slot, start, rank, dim, rank_wide, dim_wide, state)
+        number, slot, gone, more, left = following, next_slot, next_gone, next_more, next_left
 
 
 @jit
@@ -112,16 +130,14 @@ def read(
     precision: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one chunk, now that the state before it is known."""
-    number = tl.program_id(0) % chunks
-    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    number, stream, place = position(chunks, chunk)
     start = tl.program_id(1) * dim_wide
-    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
-    reached = load_rows(reach + stream * tokens * rank, place, tokens, rank, rank, rank_wide)
-    state = states + (stream * (chunks + 1) + number) * rank * dim + start
-    state = load_rows(state, tl.arange(0, rank_wide), rank, dim, dim - start, dim_wide)
-    own = load_rows(partial + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide)
+    reached = load_rows(reach + stream * tokens * rank, place, tokens, rank, 0, rank, rank_wide)
+    state = states + (stream * (chunks + 1) + number) * rank * dim
+    state = load_matrix(state, start, rank, dim, rank_wide, dim_wide)
+    own = load_rows(partial + stream * tokens * dim, place, tokens, dim, start, dim, dim_wide)
     out = tl.dot(reached, state, input_precision=precision) + own
-    store_rows(outputs + stream * tokens * dim + start, place, tokens, dim, dim - start, dim_wide, out)
+    store_rows(outputs + stream * tokens * dim, place, tokens, dim, start, dim, dim_wide, out)
 
 
 @jit
@@ -133,58 +149,49 @@ def errors(
     rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
     reads: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """What each token of a chunk wrote (`error`), and the gradient of what it was asked to write (`asked`)."""
-    number = tl.program_id(0) % chunks
-    stream = (tl.program_id(0) // chunks).to(tl.int64)
+    """What each token of a chunk wrote, and the gradient of what it was asked to write, for `gradients`."""
+    number, stream, place = position(chunks, chunk)
     start = tl.program_id(1) * dim_wide
-    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
     w, _, so_far, to_end, _ = weights(write, log_kept, stream, place, tokens, chunk)
-    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
-    t = tl.arange(0, chunk)
-    rows = tl.arange(0, rank_wide)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, 0, rank, rank_wide)
     square = (stream * chunks + number) * chunk * chunk
-    state = (stream * (chunks + 1) + number) * rank * dim + start
-    flat = stream * tokens * dim + start
-    solution = load_rows(solved + square, t, chunk, chunk, chunk, chunk)
-    held = load_rows(states + state, rows, rank, dim, dim - start, dim_wide)
-    held = so_far[:, None] * tl.dot(k, held, input_precision=precision)
-    wrong = row_of(values, stream, heads, values_b, values_h) + start
-    wrong = load_rows(wrong, place, tokens, values_t, dim - start, dim_wide) - held
-    wrong = tl.dot(solution, w[:, None] * wrong, input_precision=precision)
-    store_rows(error + flat, place, tokens, dim, dim - start, dim_wide, wrong)
-    d_error = load_rows(d_states + state + rank * dim, rows, rank, dim, dim - start, dim_wide)
-    d_error = to_end[:, None] * tl.dot(k, d_error, input_precision=precision)
+    matrix = (stream * (chunks + 1) + number) * rank * dim
+    flat = stream * tokens * dim
+    solution = load_square(solved + square, chunk, True)
+    scores = load_square(scored + square, chunk, reads)
+    state = load_matrix(states + matrix, start, rank, dim, rank_wide, dim_wide)
+    d_state = load_matrix(d_states + matrix + rank * dim, start, rank, dim, rank_wide, dim_wide)
+    value = row_of(values, stream, heads, values_b, values_h)
+    value = load_rows(value, place, tokens, values_t, start, dim, dim_wide)
+    d_out = value
     if reads:
-        scores = load_rows(scored + square, t, chunk, chunk, chunk, chunk)
-        d_out = load_rows(d_outputs + flat, place, tokens, dim, dim - start, dim_wide)
-        d_error += tl.dot(tl.trans(scores), d_out, input_precision=precision)
-    d_error = tl.dot(tl.trans(solution), d_error, input_precision=precision)
-    store_rows(asked + flat, place, tokens, dim, dim - start, dim_wide, d_error)
+        d_out = load_rows(d_outputs + flat, place, tokens, dim, start, dim, dim_wide)
+    wrote, d_ask = written(k, value, state, d_state, d_out, solution, scores, w, so_far, to_end, reads, precision)
+    store_rows(error + flat, place, tokens, dim, start, dim, dim_wide, wrote)
+    store_rows(asked + flat, place, tokens, dim, start, dim, dim_wide, d_ask)
 
 
 @jit
 @no_type_check
 def gradients(
-    keys, queries, values, write, log_kept, scored, states, d_states, d_outputs, error, asked,
+    keys, queries, values, write, log_kept, solved, scored, states, d_states, d_outputs, error, asked,
     d_keys, d_queries, d_values, d_write, d_log_kept,
     keys_b, keys_h, keys_t, queries_b, queries_h, queries_t, values_b, values_h, values_t,
     heads, tokens, chunks,
     rank: tl.constexpr, dim: tl.constexpr, chunk: tl.constexpr, rank_wide: tl.constexpr, dim_wide: tl.constexpr,
-    reads: tl.constexpr, precision: tl.constexpr,
+    reads: tl.constexpr, alone: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk, from what `errors` found."""
-    number = tl.program_id(0) % chunks
-    stream = (tl.program_id(0) // chunks).to(tl.int64)
-    place = (number * chunk + tl.arange(0, chunk)).to(tl.int64)
-    rows = tl.arange(0, rank_wide)
-    t = tl.arange(0, chunk)
+    """All gradients of one chunk: `alone`, or from what `errors` has found."""
+    number, stream, place = position(chunks, chunk)
     w, between, so_far, to_end, all_kept = weights(write, log_kept, stream, place, tokens, chunk)
+    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, 0, rank, rank_wide)
     values = row_of(values, stream, heads, values_b, values_h)
     square = (stream * chunks + number) * chunk * chunk
     states += (stream * (chunks + 1) + number) * rank * dim
     d_states += (stream * (chunks + 1) + number + 1) * rank * dim
     flat = stream * tokens * dim
-
+    solution = load_square(solved + square, chunk, alone)
+    scores = load_square(scored + square, chunk, reads)
     d_system = tl.zeros([chunk, chunk], tl.float32)
     d_scores = tl.zeros([chunk, chunk], tl.float32)
     by_lookup = tl.zeros([chunk, rank_wide], tl.float32)  # gradient of the keys, where they look up the state before
@@ -193,32 +200,37 @@ def gradients(
     d_w = tl.zeros([chunk], tl.float32)
     d_last = 0.0  # by the sum of logarithms over the chunk
     for start in range(0, dim, dim_wide):
-        state = load_rows(states + start, rows, rank, dim, dim - start, dim_wide)
-        d_state = load_rows(d_states + start, rows, rank, dim, dim - start, dim_wide)
+        state = load_matrix(states, start, rank, dim, rank_wide, dim_wide)
+        d_state = load_matrix(d_states, start, rank, dim, rank_wide, dim_wide)
         d_last += all_kept * tl.sum(tl.sum(state * d_state, axis=1), axis=0)
-        wrote = load_rows(error + flat + start, place, tokens, dim, dim - start, dim_wide)
-        by_end += tl.dot(to_end[:, None] * wrote, tl.trans(d_state), input_precision=precision)
+        value = load_rows(values, place, tokens, values_t, start, dim, dim_wide)
+        d_out = value
         if reads:
-            d_out = load_rows(d_outputs + flat + start, place, tokens, dim, dim - start, dim_wide)
+            d_out = load_rows(d_outputs + flat, place, tokens, dim, start, dim, dim_wide)
+        if alone:
+            wrote, d_ask = written(
+                k, value, state, d_state, d_out, solution, scores, w, so_far, to_end, reads, precision
+            )
+        else:
+            wrote = load_rows(error + flat, place, tokens, dim, start, dim, dim_wide)
+            d_ask = load_rows(asked + flat, place, tokens, dim, start, dim, dim_wide)
+        if reads:
             d_scores += tl.dot(d_out, tl.trans(wrote), input_precision=precision)
             d_q += tl.dot(so_far[:, None] * d_out, tl.trans(state), input_precision=precision)
-        d_ask = load_rows(asked + flat + start, place, tokens, dim, dim - start, dim_wide)
+        by_end += tl.dot(to_end[:, None] * wrote, tl.trans(d_state), input_precision=precision)
         d_system -= tl.dot(d_ask, tl.trans(wrote), input_precision=precision)
         by_lookup -= tl.dot(so_far[:, None] * d_ask, tl.trans(state), input_precision=precision)
-        d_w += tl.sum(d_ask * load_rows(values + start, place, tokens, values_t, dim - start, dim_wide), axis=1)
-        store_rows(d_values + flat + start, place, tokens, dim, dim - start, dim_wide, w[:, None] * d_ask)
-
-    k = load_rows(row_of(keys, stream, heads, keys_b, keys_h), place, tokens, keys_t, rank, rank_wide)
+        d_w += tl.sum(d_ask * value, axis=1)
+        store_rows(d_values + flat, place, tokens, dim, start, dim, dim_wide, w[:, None] * d_ask)
     q = k
-    scores = between
     if reads:
-        q = load_rows(row_of(queries, stream, heads, queries_b, queries_h), place, tokens, queries_t, rank, rank_wide)
-        scores = load_rows(scored + square, t, chunk, chunk, chunk, chunk)
+        q = row_of(queries, stream, heads, queries_b, queries_h)
+        q = load_rows(q, place, tokens, queries_t, 0, rank, rank_wide)
     d_k, d_q, d_w, d_log = within(
         k, q, w, between, scores, d_system, d_scores, by_lookup, by_end, d_q, d_w, d_last, chunk, reads, precision
     )
     if reads:
-        store_rows(d_queries + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_q)
-    store_rows(d_keys + stream * tokens * rank, place, tokens, rank, rank, rank_wide, d_k)
+        store_rows(d_queries + stream * tokens * rank, place, tokens, rank, 0, rank, rank_wide, d_q)
+    store_rows(d_keys + stream * tokens * rank, place, tokens, rank, 0, rank, rank_wide, d_k)
     tl.store(d_write + stream * tokens + place, d_w, mask=place < tokens)
     tl.store(d_log_kept + stream * tokens + place, d_log, mask=place < tokens)

@@ -204,7 +204,7 @@ class _Gate:
         new = tokens.hidden.shape[1]
         opened = torch.ones(values.shape[:-1], device=values.device)
         self.activation = opened if sidecar.write_gate is None else sidecar.write_gate(hidden)[:, :, -new:]
-        self.uncertainty = signals.uncertainty(tokens.attended.float(), tokens.values.float())
+        self.uncertainty = signals.uncertainty(tokens.attended, tokens.values)
         self.phase = signals.phase(tokens.positions, self.config.phase_period_tokens)
         self.surprises: list[Tensor] = []
         self._modulated: list[Tensor] = []

@@ -32,8 +32,8 @@ def uncertainty(
     """How spread out attention is, 0 to 1. Averaging many unlike values shortens the result: |mean| / |value| falls
     like the square root of the attention weights' participation ratio. Not differentiated."""
     with torch.no_grad():
-        own = values.norm(dim=-1)
-        return own / (own + attended.norm(dim=-1) + EPSILON)
+        own, mean = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (values, attended))
+        return own / (own + mean + EPSILON)
 
 
 def phase(positions: Int[Tensor, "*shape"], period_tokens: int) -> Float[Tensor, "*shape"]:

@@ -30,6 +30,7 @@ from tests.benchmarks.rows import (
     associative_recall,
     cost,
     far,
+    gpu,
     needles,
     overhead,
     ranks,
@@ -93,10 +94,12 @@ MEASUREMENTS = (
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
     Measurement(ranks.recall_by_rank, ranks.ROWS, "ranks"),
     Measurement(tasks.recall_of_tasks, tasks.ROWS, "tasks"),
+    Measurement(gpu.kernel_and_flash_linear_attention, gpu.KERNEL_ROWS, "gpu", needs_run=False),
+    Measurement(gpu.overhead_on_a_gpu, gpu.MODEL_ROWS, "gpu", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "text")
-"""Groups that are measured only when they are named: they take the better part of an hour, or need other runs."""
+OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "text", "gpu")
+"""Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -210,8 +213,19 @@ def document(rows: Sequence[Row], demo: Demo) -> dict[str, object]:
         "revision": git.stdout.strip() or None,
         "run": demo.folder.name,
         "cpus": os.cpu_count(),
+        "gpu": _gpu(),
         "rows": [json.loads(row.json()) for row in rows],
     }
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", "triton", "fla")}
+    named = [f"{name} {version}" for name, version in versions.items() if version]
+    return ", ".join([torch.cuda.get_device_name(), *named])
 
 
 def _parser() -> argparse.ArgumentParser:
