@@ -203,14 +203,12 @@ def gradients(
         state = load_matrix(states, start, rank, dim, rank_wide, dim_wide)
         d_state = load_matrix(d_states, start, rank, dim, rank_wide, dim_wide)
         d_last += all_kept * tl.sum(tl.sum(state * d_state, axis=1), axis=0)
-        value = load_rows(values, place, tokens, values_t, start, dim, dim_wide)
-        d_out = value
+        v = load_rows(values, place, tokens, values_t, start, dim, dim_wide)
+        d_out = v
         if reads:
             d_out = load_rows(d_outputs + flat, place, tokens, dim, start, dim, dim_wide)
         if alone:
-            wrote, d_ask = written(
-                k, value, state, d_state, d_out, solution, scores, w, so_far, to_end, reads, precision
-            )
+            wrote, d_ask = written(k, v, state, d_state, d_out, solution, scores, w, so_far, to_end, reads, precision)
         else:
             wrote = load_rows(error + flat, place, tokens, dim, start, dim, dim_wide)
             d_ask = load_rows(asked + flat, place, tokens, dim, start, dim, dim_wide)
@@ -220,7 +218,7 @@ def gradients(
         by_end += tl.dot(to_end[:, None] * wrote, tl.trans(d_state), input_precision=precision)
         d_system -= tl.dot(d_ask, tl.trans(wrote), input_precision=precision)
         by_lookup -= tl.dot(so_far[:, None] * d_ask, tl.trans(state), input_precision=precision)
-        d_w += tl.sum(d_ask * value, axis=1)
+        d_w += tl.sum(d_ask * v, axis=1)
         store_rows(d_values + flat, place, tokens, dim, start, dim, dim_wide, w[:, None] * d_ask)
     q = k
     if reads:
