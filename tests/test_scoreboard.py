@@ -31,6 +31,7 @@ from tests.benchmarks.rows import (
     tasks,
     text,
     wallclock,
+    worlds,
 )
 from tests.benchmarks.rows.demo import Demo
 from tests.benchmarks.scoreboard import MEASUREMENTS, Measurement, chosen, main
@@ -134,7 +135,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
-    slow = (wallclock, far, seeds, ranks, tasks)
+    slow = (wallclock, far, seeds, ranks, tasks, worlds)
     opt_in = {
         *(name for rows in slow for name in rows.ROWS),
         *gpu.KERNEL_ROWS,
@@ -426,6 +427,27 @@ def test_tasks_are_added_up_over_fillers_and_their_window_is_compared_in_pairs()
     loss = paired_difference([True] * 4, [True, True, False, True])
     assert found["n_back_in_window_loss_points"].value == 25.0 and found["n_back_in_window_loss_points"].n == 4
     assert found["n_back_in_window_loss_points"].high == pytest.approx(100 * loss.high)
+
+
+def test_stories_are_averaged_over_all_five_kinds() -> None:
+    def document(answers: str) -> dict[str, Any]:
+        cells = [(0, "on", "1111"), (0, "off", "1000"), (worlds.GAP, "on", answers), (worlds.GAP, "off", "0000")]
+        return {
+            "rows": [
+                {"gap_tokens": gap, "memory": memory, "accuracy": letters.count("1") / 4, "n": 4}
+                for gap, memory, letters in cells
+            ],
+            "outcomes": [letters for _, _, letters in cells],
+        }
+
+    told = dict(zip(worlds.RUNS, ("1111", "1110", "1100", "1000", "0000"), strict=True))
+    found = {row.name: row for row in worlds.rows_of({task: document(letters) for task, letters in told.items()})}
+    assert tuple(found) == worlds.ROWS
+    assert [found[f"{task}_recall_{worlds.GAP}"].value for task in told] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert found["world_qa3_bare_in_window"].value == 0.25
+    average = found[worlds.AVERAGE_ROW]
+    assert (average.value, average.n) == (0.5, 20) and average.low is not None and average.low < 0.5
+    assert worlds.AVERAGE_ROW not in {row.name for row in worlds.rows_of({"world_qa1": document("1111")})}
 
 
 # --- long files ------------------------------------------------------------------------------------------------------

@@ -126,7 +126,9 @@ def _read_block(model, padded, silent, session, states, first, count, closed, wa
     ids, log = padded.input_ids[:, now].view(session.batch_size, count, width), session.log is not None
     count = int(wanted.sum())
     predict = count > 0 if count in (0, wanted.numel()) else wanted.reshape(ids.shape)
-    logits, memory = read_segments(model, ids, layout, states, predict=predict, snapshot_segment=closed - first, log=log)
+    logits, memory = read_segments(
+        model, ids, layout, states, predict=predict, snapshot_segment=closed - first, log=log
+    )
     return None if logits is None else logits.view(count, -1), memory
 
 

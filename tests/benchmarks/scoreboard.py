@@ -42,6 +42,7 @@ from tests.benchmarks.rows import (
     tasks,
     text,
     wallclock,
+    worlds,
 )
 from tests.benchmarks.rows.demo import Demo
 
@@ -94,11 +95,12 @@ MEASUREMENTS = (
     Measurement(seeds.recall_over_seeds, seeds.ROWS, "seeds"),
     Measurement(ranks.recall_by_rank, ranks.ROWS, "ranks"),
     Measurement(tasks.recall_of_tasks, tasks.ROWS, "tasks"),
+    Measurement(worlds.stories_of_a_small_world, worlds.ROWS, "worlds"),
     Measurement(gpu.kernel_and_flash_linear_attention, gpu.KERNEL_ROWS, "gpu", needs_run=False),
     Measurement(gpu.overhead_on_a_gpu, gpu.MODEL_ROWS, "gpu", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "text", "gpu")
+OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 
