@@ -124,12 +124,12 @@ def _read_block(model, padded, silent, session, states, first, count, closed, wa
         left_padded=False,
     )
     ids, log = padded.input_ids[:, now].view(session.batch_size, count, width), session.log is not None
-    count = int(wanted.sum())
-    predict = count > 0 if count in (0, wanted.numel()) else wanted.reshape(ids.shape)
+    asked = int(wanted.sum())
+    predict = asked > 0 if asked in (0, wanted.numel()) else wanted.reshape(ids.shape)
     logits, memory = read_segments(
         model, ids, layout, states, predict=predict, snapshot_segment=closed - first, log=log
     )
-    return None if logits is None else logits.view(count, -1), memory
+    return None if logits is None else logits.view(asked, -1), memory
 
 
 def _logged(model, log, memory, padded, session, first, count, closed):  # noqa: ANN001, ANN202
