@@ -1,7 +1,7 @@
 """How the Triton kernel is cut up: by precision and padded rank.
 
-Results do not depend on it: speed does and, by the chunk, how many states are kept. `tests/benchmarks/tune_kernel.py` found
-it fastest on an NVIDIA H200 (batch 8, 8 heads, 2,048 tokens, dimension 64), but for "ieee", which it does not try,
+Results do not depend on it: speed does and, by the chunk, how many states are kept. Found fastest on an NVIDIA H200 by
+`tests/benchmarks/tune_kernel.py` (batch 8, 8 heads, 2,048 tokens, dimension 64), but for "ieee", which it does not try,
 and for `errors`, which were timed with loads that are slower than today's.
 """
 
