@@ -1,0 +1,41 @@
+"""Every knob of the core: one class per component, one default per knob, bounds checked when it is built.
+
+No torch, no ray: `cortex --help` and a wrong value are answered before either is imported. The line under a field is
+its documentation: unit, range, effect. Cross-field rules are validators named after the rule.
+"""
+
+from __future__ import annotations
+
+from cortex_core.config.backbone import ASSETS, BUILTIN, BackboneConfig
+from cortex_core.config.data import (
+    CORPUS_SUFFIXES,
+    DataConfig,
+    EvaluationConfig,
+    FillerName,
+    SourceName,
+    TaskName,
+    TasksConfig,
+)
+from cortex_core.config.fast_weights import FastWeightsConfig
+from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
+from cortex_core.config.training import OptimizerConfig, TrainingConfig
+
+__all__ = [
+    "ASSETS",
+    "BUILTIN",
+    "CORPUS_SUFFIXES",
+    "BackboneConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FastWeightsConfig",
+    "FillerName",
+    "Fraction",
+    "NonNegative",
+    "OptimizerConfig",
+    "PositiveInt",
+    "Settings",
+    "SourceName",
+    "TaskName",
+    "TasksConfig",
+    "TrainingConfig",
+]
