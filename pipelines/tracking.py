@@ -8,11 +8,13 @@ folder.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +38,7 @@ POSITION = ("step", "phase", "done_frac", "evaluated_frac")
 CURVES = ("loss", "accuracy", "throughput/tokens_per_s")
 SYSTEM_METRICS_INTERVAL_S = 10
 MAX_PARAMS_PER_CALL, MAX_PARAM_CHARACTERS, MAX_DIFF_BYTES = 100, 6000, 5_000_000
+_SQLITE = "sqlite:///"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -181,8 +184,9 @@ def start(config: RunConfig, *, run_id: str | None = None, parent_run_id: str | 
     uri = absolute(config.tracking_uri)
     try:
         check_answers(uri)
-        client = open_client(uri)
-        run, resumed = _open_run(client, config, run_id, parent_run_id)
+        with _alone(uri):
+            client = open_client(uri)
+            run, resumed = _open_run(client, config, run_id, parent_run_id)
         _log_config(client, run, config)
         _log_source(client, run.info.run_id)
         tracked = TrackedRun(client, run, uri, config)
@@ -197,6 +201,21 @@ def start(config: RunConfig, *, run_id: str | None = None, parent_run_id: str | 
             f"{DATABASE_FILE} in out_dir"
         ) from error
     return tracked
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: of two that create the same local database, each would find what the other began."""
+    if not uri.startswith(_SQLITE):
+        yield
+        return
+    folder = os.open(Path(uri.removeprefix(_SQLITE)).parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _open_run(
@@ -221,7 +240,7 @@ def _experiment(client: MlflowClient, config: RunConfig) -> str:
     name = config.tracking.experiment
     found = client.get_experiment_by_name(name)
     if found is None:
-        database = absolute(config.tracking_uri).removeprefix("sqlite:///")
+        database = absolute(config.tracking_uri).removeprefix(_SQLITE)
         local = (Path(database).parent / ARTIFACTS).as_uri() if database.startswith("/") else None
         return client.create_experiment(name, artifact_location=local)
     if found.lifecycle_stage != "active":

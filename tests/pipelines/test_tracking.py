@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -63,6 +65,41 @@ def test_a_run_holds_the_configuration_and_what_was_reported(config: RunConfig, 
     assert run.history() == [
         {"step": 10, "loss": 0.1, "tokens_per_s": 5.0}, {"step": 20, "loss": 0.05, "tokens_per_s": 5.0},
     ]  # fmt: skip
+
+
+_OPEN_ONE = """
+import sys
+from pipelines import tracking
+from pipelines.config import load_config
+config = load_config(overrides={"out_dir": sys.argv[1], "name": sys.argv[2], "tracking.system_metrics": False})
+print("ready", flush=True)
+sys.stdin.readline()
+with tracking.start(config):
+    pass
+"""
+
+
+def test_runs_that_open_a_new_store_at_once_wait_for_one_another(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OPEN_ONE, str(tmp_path), name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in names
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs(client.get_experiment_by_name("cortex").experiment_id)
+    assert sorted(run.info.run_name for run in found) == sorted(names)
 
 
 def test_a_package_inside_another_repository_has_no_revision(
