@@ -84,8 +84,8 @@ def restore(sidecars: nn.Module, saved: SavedSidecars, backbone: str) -> None:
     sidecars.load_state_dict(saved.weights)
 
 
-_BY_DIMENSION = ("content", "key_taps", "query_taps")
-"""Parts of the addresses with a column for each dimension of the key space."""
+_BY_DIMENSION = ("content", "key_taps", "query_taps", "relation", "key_binding", "query_binding")
+"""Parts of the addresses with a column for each dimension of the key space; the last three only with binding."""
 
 
 def _compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,7 +95,8 @@ def _compact(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".live"):
             for part in _BY_DIMENSION:
                 other = name.removesuffix("live") + part
-                smaller[other] = weights[other][:, live.flatten() > 0]
+                if other in weights:
+                    smaller[other] = weights[other][:, live.flatten() > 0]
     return smaller
 
 

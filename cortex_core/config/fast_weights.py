@@ -46,6 +46,12 @@ class FastWeightsConfig(Settings):
     """Gate activations from here on write at full strength."""
     taps: Annotated[int, Field(ge=1, le=16)] = 4
     """Tokens that gates, keys and queries look at: the one in question and those just before it."""
+    reversed_frac: Fraction = 0.0
+    """Share of the heads that begin by keeping a token under the one after it, not the one before: for facts that are
+    also asked for by their end."""
+    binding: bool = False
+    """Whether an address is also, by a product, that of what stood before: for facts of three words and more,
+    where "north of b" and "south of b" are two things. Doubles the parameters of the addresses."""
     adapter_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of learned maps of what is stored, from the layer's last few inputs, and of what is read, over all heads. 0
     stores the layer's own values and adds what was read: enough where the answer is a token that was written."""
@@ -72,6 +78,15 @@ class FastWeightsConfig(Settings):
         """Dimensions can be dropped, not added."""
         if self.rank_budget is not None and self.rank_budget > self.rank:
             raise ValueError(f"rank_budget = {self.rank_budget} must be at most rank = {self.rank}: it is what is left")
+        return self
+
+    @model_validator(mode="after")
+    def taps_reach_what_is_bound(self) -> FastWeightsConfig:
+        """A reversed head stores the token before; binding looks at what stands two tokens before a value."""
+        for name, value, least in (("reversed_frac", self.reversed_frac, 2), ("binding", self.binding, 3)):
+            if value and self.taps < least:
+                with_it = f"with {name} = {str(value).lower()}: that is how far back it looks"
+                raise ValueError(f"taps = {self.taps} must be at least {least} {with_it}")
         return self
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ class Sidecar(nn.Module):
         super().__init__()
         self.shape, self.config = shape, config
         source = config.rule == "source"
-        self.addresses = Addresses(shape.hidden, shape.heads, shape.head_dim if source else config.rank, config.taps)
+        self.addresses = Addresses(shape.hidden, shape.heads, config, shape.head_dim if source else config.rank)
         self.decay = Decay(config, shape.heads)
         # The source's own start, zero, could never be written: whatever is written goes through it.
         self.initial_down = nn.Parameter(_orthogonal(shape, config.rank)) if source else None
@@ -88,7 +88,8 @@ class Sidecar(nn.Module):
     def empty_state(self, batch: int) -> FastWeights:
         """A memory that holds nothing."""
         s, rank, device = self.shape, self.config.rank, self.output_gate.device
-        context = torch.zeros(batch, self.config.taps - 1, s.hidden, device=device)
+        width = s.hidden + self.addresses.num_reversed * s.value_dim
+        context = torch.zeros(batch, self.config.taps - 1, width, device=device)
         empty = FastWeights.zeros(batch, s.heads, rank, s.value_dim, device)._replace(context=context)
         if self.initial_down is not None:
             return empty._replace(down=self.initial_down.expand(batch, -1, -1, -1))
@@ -132,7 +133,7 @@ class Sidecar(nn.Module):
         """The write gate's activations where nothing is written: `Reading.activation` of filler, at a fraction of the
         cost, as the state stays what it is."""
         with torch.autocast(tokens.hidden.device.type, enabled=False):
-            hidden, values = self._given(tokens, state)
+            hidden, values, _ = self._given(tokens, state)
             gate = _Gate(self, tokens, hidden, values)
             surprise = None
             if gate.needs_surprise:
@@ -141,20 +142,27 @@ class Sidecar(nn.Module):
             gate(surprise, slice(None))
             return gate.modulated
 
-    def _given(self, tokens: LayerTokens, state: FastWeights) -> tuple[Tensor, Tensor]:
-        """The layer's input, with that at the few tokens before, and what there is to write."""
+    def _given(self, tokens: LayerTokens, state: FastWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's input, with that at the few tokens before; what there is to write; and what `_context` keeps."""
         assert state.context is not None
-        hidden, values = torch.cat([state.context, tokens.hidden.float()], dim=1), tokens.values.float()
+        values, reverse = tokens.values.float(), self.addresses.num_reversed
+        new = values.shape[2]
+        kept = torch.cat([tokens.hidden.float(), values[:, :reverse].transpose(1, 2).flatten(2)], dim=-1)
+        kept = torch.cat([state.context, kept], dim=1)
+        hidden = kept[..., : self.shape.hidden]
+        if reverse:  # what stood before a token is stored under it
+            before = kept[:, -new - 1 : -1, self.shape.hidden :].unflatten(-1, (reverse, -1)).transpose(1, 2)
+            values = torch.cat([before, values[:, reverse:]], dim=1)
         if self.adapters is not None:
-            values = values + self.adapters.values(hidden)[:, :, -values.shape[2] :]
+            values = values + self.adapters.values(hidden)[:, :, -new:]
         if self.config.rule == "source":
             values = functional.normalize(values, dim=-1)  # bounds the state so that the clamp never acts: README.md
-        return hidden, values
+        return hidden, values, kept
 
     def _read(self, tokens, initial_state, snapshot_segment, read, anchor, log):  # noqa: ANN001, ANN202
         config = self.config
         new = tokens.hidden.shape[1]
-        hidden, values = self._given(tokens, initial_state)
+        hidden, values, kept = self._given(tokens, initial_state)
         keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, read=read))
         gate = _Gate(self, tokens, hidden, values)
         rule, start = self.rule(), initial_state.matrices
@@ -169,12 +177,12 @@ class Sidecar(nn.Module):
             )  # fmt: skip
             out, write, surprises, final, snapshot = result
         read_to = tokens.valid.sum(1)
-        final = final._replace(context=self._context(hidden, read_to))
+        final = final._replace(context=self._context(kept, read_to))
         if snapshot_segment is None:
             snapshot = final
         else:
             border = torch.minimum(snapshot_segment.clamp_min(0) * tokens.segment_tokens, read_to)
-            snapshot = snapshot._replace(context=self._context(hidden, border))
+            snapshot = snapshot._replace(context=self._context(kept, border))
         added = None
         if out is not None:
             asked = hard_gate(self.read_gate(hidden)[:, :, -new:], config.dead_zone, config.saturation)
@@ -189,10 +197,10 @@ class Sidecar(nn.Module):
         written = Written(keys, values, write, gate.ticks(write)).detach() if log else None
         return Reading(added, final, write, surprises, gate.modulated, written), snapshot
 
-    def _context(self, hidden: Tensor, read_to: Int[Tensor, " batch"]) -> Tensor:
-        """The last few inputs before token `read_to` of each row; `hidden` begins with those before its first token."""
-        index = read_to[:, None] + torch.arange(self.config.taps - 1, device=hidden.device)
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    def _context(self, kept: Tensor, read_to: Int[Tensor, " batch"]) -> Tensor:
+        """The last few before token `read_to` of each row; `kept` begins with those before its first token."""
+        index = read_to[:, None] + torch.arange(self.config.taps - 1, device=kept.device)
+        return kept.gather(1, index[..., None].expand(-1, -1, kept.shape[-1]))
 
 
 class _Gate:

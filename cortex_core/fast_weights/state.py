@@ -19,8 +19,8 @@ class FastWeights(NamedTuple):
     down: Float[Tensor, "batch heads key_dim rank"] | None = None
     """What was added to the way into the key space (U in the source); None for the delta rule."""
     context: Float[Tensor, "batch context hidden"] | None = None
-    """What the layer was given at the last few tokens, at which gates and addresses look back, 0 before the first one;
-    None inside a recurrence, which needs the matrices alone."""
+    """What the layer was given at the last few tokens, at which gates and addresses look back, and behind it the values
+    of reversed heads; 0 before the first one. None inside a recurrence, which needs the matrices alone."""
 
     @classmethod
     def zeros(cls, batch: int, heads: int, rank: int, head_dim: int, device: torch.device | None = None) -> FastWeights:

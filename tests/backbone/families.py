@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import transformers as tf
 from torch import nn
@@ -29,8 +32,12 @@ CONFIGS = {
     ),
     "gpt_neox": tf.GPTNeoXConfig(**_SIZES),
 }
-ADAPTED = [*((family, 0) for family in CONFIGS), ("qwen2", 4)]
-"""Families and the rank of the memory's adapters."""
+KINDS = [
+    *(pytest.param(family, {}, id=family) for family in CONFIGS),
+    pytest.param("qwen2", {"adapter_rank": 4}, id="adapters"),
+    pytest.param("qwen2", {"reversed_frac": 0.5, "binding": True}, id="relations"),
+]
+"""Families, and settings of the memory beside those of `small_memory`."""
 ROTARY = sorted(set(CONFIGS) - {"gpt2"})
 
 
@@ -41,18 +48,16 @@ def bare(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float3
     return tf.AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention, dtype=dtype).eval()
 
 
-def with_memory(
-    family: str = "qwen2", *, open_gate: bool = True, layers: tuple[int, ...] = (1, 2), adapter_rank: int = 0
-) -> Cortex:
+def with_memory(family: str = "qwen2", *, open_gate: bool = True, **memory: Any) -> Cortex:
     """A random model with random sidecars; with `open_gate` they matter."""
-    model = Cortex.attach(bare(family), small_memory(layers, adapter_rank), segment_tokens=SEGMENT)
+    model = Cortex.attach(bare(family), small_memory(**memory), segment_tokens=SEGMENT)
     if open_gate:
         open_gates(model)
     return model
 
 
-def small_memory(layers: tuple[int, ...] = (1, 2), adapter_rank: int = 0) -> FastWeightsConfig:
-    return FastWeightsConfig(rank=8, chunk_size=CHUNK, layers=layers, adapter_rank=adapter_rank)
+def small_memory(**settings: Any) -> FastWeightsConfig:
+    return FastWeightsConfig(**{"rank": 8, "chunk_size": CHUNK, "layers": (1, 2)} | settings)
 
 
 def open_gates(model: Cortex) -> None:

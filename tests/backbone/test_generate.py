@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from cortex_core.errors import ConfigError
-from tests.backbone.families import ADAPTED, ROTARY, SEGMENT, random_ids, with_memory
+from tests.backbone.families import KINDS, ROTARY, SEGMENT, random_ids, with_memory
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-@pytest.mark.parametrize(("family", "adapter_rank"), ADAPTED)
+@pytest.mark.parametrize(("family", "settings"), KINDS)
 @torch.no_grad()
-def test_every_token_is_what_a_full_pass_predicts(family: str, adapter_rank: int) -> None:
+def test_every_token_is_what_a_full_pass_predicts(family: str, settings: dict[str, Any]) -> None:
     """50 tokens of prompt and 40 more: over several segments, token by token equal to reading the result at once."""
-    model, prompt = with_memory(family, adapter_rank=adapter_rank), random_ids(2, 50)
+    model, prompt = with_memory(family, **settings), random_ids(2, 50)
     session = model.new_session(2)
     out = model.generate(input_ids=prompt, session=session, max_new_tokens=40, **GREEDY)
     assert out.shape == (2, 90)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from cortex_core.backbone import reading
 from cortex_core.backbone.model import Cortex
 from cortex_core.errors import ConfigError
-from tests.backbone.families import ADAPTED, ROTARY, bare, open_gates, random_ids, small_memory, with_memory
+from tests.backbone.families import KINDS, ROTARY, bare, open_gates, random_ids, small_memory, with_memory
 
 TOLERANCE = 2e-6
 
@@ -21,10 +22,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and float((a - b).detach().abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "adapter_rank"), ADAPTED)
+@pytest.mark.parametrize(("family", "kind"), KINDS)
 @torch.no_grad()
-def test_any_split_is_the_same_reading(family: str, adapter_rank: int) -> None:
-    model, ids = with_memory(family, adapter_rank=adapter_rank), random_ids(2, 100)
+def test_any_split_is_the_same_reading(family: str, kind: dict[str, Any]) -> None:
+    model, ids = with_memory(family, **kind), random_ids(2, 100)
     whole, session = model.new_session(2), model.new_session(2)
     expected = model(input_ids=ids, session=whole).logits
     parts, start = [], 0

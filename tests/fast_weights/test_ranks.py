@@ -14,9 +14,9 @@ from cortex_core.fast_weights.sidecar import LayerShape, Sidecar
 HIDDEN, HEADS, RANK = 12, 2, 4
 
 
-def addresses() -> Addresses:
+def addresses(*, binding: bool = False) -> Addresses:
     torch.manual_seed(0)
-    made = Addresses(HIDDEN, HEADS, RANK, taps=2)
+    made = Addresses(HIDDEN, HEADS, FastWeightsConfig(taps=3 if binding else 2, binding=binding), RANK)
     nn.init.normal_(made.key_taps)
     nn.init.normal_(made.query_taps)
     return made
@@ -30,8 +30,9 @@ def loss_of(made: Addresses) -> torch.Tensor:
     return (keys * torch.randn(keys.shape, generator=generator)).sum() + (queries**3).sum()
 
 
-def test_importance_is_the_squared_derivative_by_the_scale_of_a_dimension() -> None:
-    made = addresses()
+@pytest.mark.parametrize("binding", [False, True])
+def test_importance_is_the_squared_derivative_by_the_scale_of_a_dimension(binding: bool) -> None:
+    made = addresses(binding=binding)
     loss_of(made).backward()
     found = importance(made)
     for head in range(HEADS):

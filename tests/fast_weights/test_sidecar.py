@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -96,10 +98,11 @@ def test_activations_are_those_of_a_reading_that_writes_nothing(rule: str) -> No
         assert torch.allclose(got.get(name, torch.zeros_like(p)), expected, atol=1e-5), name
 
 
+@pytest.mark.parametrize("settings", [{}, {"reversed_frac": 0.67, "binding": True}], ids=str)
 @pytest.mark.parametrize("cut", [1, 2, 5, 20])
-def test_gates_and_addresses_look_back_over_a_cut(cut: int) -> None:
+def test_gates_and_addresses_look_back_over_a_cut(cut: int, settings: dict[str, Any]) -> None:
     """So what stands on both sides of the end of a segment is written and found as anywhere else."""
-    memory = sidecar(controller=False)
+    memory = sidecar(controller=False, **settings)
     whole, _ = memory(tokens(), memory.empty_state(BATCH))
     state, added = memory.empty_state(BATCH), []
     for now in (slice(0, cut), slice(cut, TOKENS)):
@@ -113,6 +116,19 @@ def test_gates_and_addresses_look_back_over_a_cut(cut: int) -> None:
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(state, whole.final_state, strict=True) if a is not None)
     alone, _ = memory(of._replace(**parts), state._replace(context=torch.zeros_like(state.context)))
     assert not torch.allclose(alone.activation, reading.activation, atol=1e-4), "what stands before makes no difference"
+
+
+def test_a_reversed_head_writes_what_stood_before() -> None:
+    memory, read = sidecar(reversed_frac=0.67), tokens()
+    before = memory.empty_state(BATCH)
+    before = before._replace(context=torch.randn(before.context.shape))
+    reading, _ = memory(read, before, log=True)
+    first = before.context[:, -1, SHAPE.hidden :].unflatten(-1, (2, SHAPE.value_dim))
+    assert torch.equal(reading.written.values[:, :2, 1:], read.values[:, :2, :-1])
+    assert torch.equal(reading.written.values[:, :2, 0], first)
+    assert torch.equal(reading.written.values[:, 2:], read.values[:, 2:])
+    kept = reading.final_state.context[:, :, SHAPE.hidden :].unflatten(-1, (2, SHAPE.value_dim)).transpose(1, 2)
+    assert torch.equal(kept, read.values[:, :2, -3:])
 
 
 def test_the_context_is_that_of_the_last_tokens_that_are_there() -> None:

@@ -14,7 +14,9 @@ from cortex_core.errors import DataError
 from cortex_core.training import checkpoint
 from tests import tiny
 
-MEMORY = tiny.MEMORY.model_copy(update={"layers": (0, 1), "rank_budget": 5.0})
+MEMORY = tiny.MEMORY.model_copy(
+    update={"layers": (0, 1), "rank_budget": 5.0, "reversed_frac": 0.5, "binding": True}  # all that has columns to drop
+)
 HEADS = 4
 TRAINING = tiny.training(steps=6, prune_frac=0.5)
 
@@ -62,7 +64,8 @@ def test_a_restart_changes_nothing(pruned: Cortex, tmp_path: Path, before: int) 
 def test_it_is_exported_smaller_and_reads_the_same(pruned: Cortex, tmp_path: Path) -> None:
     pruned.save_pretrained(tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
-    assert sum(stored[f"{layer}.addresses.content"].shape[1] for layer in (0, 1)) == 5 * 2 * HEADS
+    for name in ("content", "key_taps", "query_taps", "relation", "key_binding", "query_binding"):
+        assert sum(stored[f"{layer}.addresses.{name}"].shape[1] for layer in (0, 1)) == 5 * 2 * HEADS, name
     again = Cortex.from_pretrained(tiny.backbone_config().name, sidecars=tmp_path)
     ids = torch.arange(2 * 3 * tiny.SEGMENT).view(2, -1) % 600
     expected, found = (model(input_ids=ids, session=model.new_session(2)).logits for model in (pruned, again))
