@@ -52,6 +52,9 @@ class FastWeightsConfig(Settings):
     binding: bool = False
     """Whether an address is also, by a product, that of what stood before: for facts of three words and more,
     where "north of b" and "south of b" are two things. Doubles the parameters of the addresses."""
+    shared_values: bool = False
+    """Whether every head stores the values of all heads of its layer, and so can give a whole answer alone; state grows
+    by the number of heads. For facts with more than one address, among which the heads are split."""
     adapter_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of learned maps of what is stored, from the layer's last few inputs, and of what is read, over all heads. 0
     stores the layer's own values and adds what was read: enough where the answer is a token that was written."""
@@ -87,6 +90,16 @@ class FastWeightsConfig(Settings):
             if value and self.taps < least:
                 with_it = f"with {name} = {str(value).lower()}: that is how far back it looks"
                 raise ValueError(f"taps = {self.taps} must be at least {least} {with_it}")
+        return self
+
+    @model_validator(mode="after")
+    def adapters_have_values_of_their_own(self) -> FastWeightsConfig:
+        """They map the readings of single heads; a sum over heads has none."""
+        if self.shared_values and self.adapter_rank:
+            raise ValueError(
+                f"adapter_rank = {self.adapter_rank} must be 0 with shared_values = true: heads that store all values "
+                "need no map between them. Choose one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -84,13 +84,15 @@ class Sidecar(nn.Module):
         self.adapters = Adapters(shape.hidden, shape.heads, shape.value_dim, config) if config.adapter_rank else None
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
+        self.value_dim = shape.heads * shape.value_dim if config.shared_values else shape.value_dim
 
     def empty_state(self, batch: int) -> FastWeights:
         """A memory that holds nothing."""
         s, rank, device = self.shape, self.config.rank, self.output_gate.device
-        width = s.hidden + self.addresses.num_reversed * s.value_dim
+        reverse = self.addresses.num_reversed
+        width = s.hidden + (min(reverse, 1) if self.config.shared_values else reverse) * self.value_dim
         context = torch.zeros(batch, self.config.taps - 1, width, device=device)
-        empty = FastWeights.zeros(batch, s.heads, rank, s.value_dim, device)._replace(context=context)
+        empty = FastWeights.zeros(batch, s.heads, rank, self.value_dim, device)._replace(context=context)
         if self.initial_down is not None:
             return empty._replace(down=self.initial_down.expand(batch, -1, -1, -1))
         if self.config.rule == "hebbian":
@@ -101,7 +103,7 @@ class Sidecar(nn.Module):
     def state_bytes(self) -> int:
         """What must be kept of one reader, in bytes: no row for a dimension that was pruned."""
         pruned = int((self.addresses.live == 0).sum()) if self.config.rule == "delta" else 0
-        return self.empty_state(1).num_bytes - pruned * self.shape.value_dim * 4
+        return self.empty_state(1).num_bytes - pruned * self.value_dim * 4
 
     def rule(self) -> Rule:
         """The recurrence with the constants that the parameters now give."""
@@ -145,14 +147,17 @@ class Sidecar(nn.Module):
     def _given(self, tokens: LayerTokens, state: FastWeights) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input, with that at the few tokens before; what there is to write; and what `_context` keeps."""
         assert state.context is not None
-        values, reverse = tokens.values.float(), self.addresses.num_reversed
-        new = values.shape[2]
-        kept = torch.cat([tokens.hidden.float(), values[:, :reverse].transpose(1, 2).flatten(2)], dim=-1)
+        heads, reverse, values = self.shape.heads, self.addresses.num_reversed, tokens.values.float()
+        if self.config.shared_values:
+            values = values.transpose(1, 2).flatten(2)[:, None]  # one, for all heads
+        back, new = values[:, :reverse], values.shape[2]
+        kept = torch.cat([tokens.hidden.float(), back.transpose(1, 2).flatten(2)], dim=-1)
         kept = torch.cat([state.context, kept], dim=1)
         hidden = kept[..., : self.shape.hidden]
+        values = values.expand(-1, heads, -1, -1)
         if reverse:  # what stood before a token is stored under it
-            before = kept[:, -new - 1 : -1, self.shape.hidden :].unflatten(-1, (reverse, -1)).transpose(1, 2)
-            values = torch.cat([before, values[:, reverse:]], dim=1)
+            before = kept[:, -new - 1 : -1, self.shape.hidden :].unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+            values = torch.cat([before.expand(-1, reverse, -1, -1), values[:, reverse:]], dim=1)
         if self.adapters is not None:
             values = values + self.adapters.values(hidden)[:, :, -new:]
         if self.config.rule == "source":
@@ -194,6 +199,8 @@ class Sidecar(nn.Module):
             if self.adapters is not None:
                 out = out - self.adapters.attention_share[:, None, None] * tokens.attended.float()
             added = asked[..., None] * out
+            if config.shared_values:
+                added = added.sum(1).unflatten(-1, (-1, self.shape.value_dim)).transpose(1, 2)
         written = Written(keys, values, write, gate.ticks(write)).detach() if log else None
         return Reading(added, final, write, surprises, gate.modulated, written), snapshot
 

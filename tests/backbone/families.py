@@ -36,6 +36,7 @@ KINDS = [
     *(pytest.param(family, {}, id=family) for family in CONFIGS),
     pytest.param("qwen2", {"adapter_rank": 4}, id="adapters"),
     pytest.param("qwen2", {"reversed_frac": 0.5, "binding": True}, id="relations"),
+    pytest.param("qwen2", {"reversed_frac": 0.5, "shared_values": True}, id="shared values"),
 ]
 """Families, and settings of the memory beside those of `small_memory`."""
 ROTARY = sorted(set(CONFIGS) - {"gpt2"})
