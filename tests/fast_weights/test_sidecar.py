@@ -98,7 +98,9 @@ def test_activations_are_those_of_a_reading_that_writes_nothing(rule: str) -> No
         assert torch.allclose(got.get(name, torch.zeros_like(p)), expected, atol=1e-5), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"reversed_frac": 0.67, "binding": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"reversed_frac": 0.67, "binding": True}, {"reversed_frac": 0.67, "shared_values": True}], ids=str
+)
 @pytest.mark.parametrize("cut", [1, 2, 5, 20])
 def test_gates_and_addresses_look_back_over_a_cut(cut: int, settings: dict[str, Any]) -> None:
     """So what stands on both sides of the end of a segment is written and found as anywhere else."""
@@ -129,6 +131,25 @@ def test_a_reversed_head_writes_what_stood_before() -> None:
     assert torch.equal(reading.written.values[:, 2:], read.values[:, 2:])
     kept = reading.final_state.context[:, :, SHAPE.hidden :].unflatten(-1, (2, SHAPE.value_dim)).transpose(1, 2)
     assert torch.equal(kept, read.values[:, :2, -3:])
+
+
+def test_with_shared_values_one_head_gives_back_what_all_heads_hold() -> None:
+    """Token 5 is written alone, with the values of the token before in the first head, which is reversed."""
+    memory, read = sidecar(shared_values=True, reversed_frac=0.34), tokens()
+    nn.init.constant_(memory.write_gate.bias, -20.0)
+    nn.init.constant_(memory.read_gate.bias, 20.0)
+    forced = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    forced[:, 5] = True
+    empty = memory.empty_state(BATCH)
+    keys, queries = memory.addresses(torch.cat([empty.context[..., : SHAPE.hidden], read.hidden], dim=1), read=True)
+    for head, stored in enumerate([4, 5, 5]):
+        with torch.no_grad():
+            memory.output_gate.copy_(torch.arange(SHAPE.heads) == head)
+        reading, _ = memory(read._replace(forced=forced), empty)
+        match = (keys[:, head, -TOKENS + 5, None] * queries[:, head, -TOKENS + 5 :]).sum(-1)
+        expected = read.values[:, :, stored, None] * match[:, None, :, None]
+        assert torch.allclose(reading.added[:, :, 5:], expected, atol=1e-5) and not reading.added[:, :, :5].any()
+    assert memory.state_bytes == memory.empty_state(1).num_bytes == 4 * (3 * 8 * 24 + 3 * (24 + 24))
 
 
 def test_the_context_is_that_of_the_last_tokens_that_are_there() -> None:

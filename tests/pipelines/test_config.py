@@ -182,6 +182,7 @@ def test_every_wrong_value_gets_its_own_line(tmp_path: Path) -> None:
         (["fast_weights.rule=hebbian"], ["fast_weights.write_strength = 1.0 is beyond the stability bound of rule = 'hebbian': must be at most", "= 0.0302", "Lower write_strength or decay"]),
         (["fast_weights.reversed_frac=0.5", "fast_weights.taps=1"], ["fast_weights.taps = 1 must be at least 2 with reversed_frac = 0.5", "how far back"]),
         (["fast_weights.binding=true", "fast_weights.taps=2"], ["fast_weights.taps = 2 must be at least 3 with binding = true"]),
+        (["fast_weights.shared_values=true", "fast_weights.adapter_rank=8"], ["fast_weights.adapter_rank = 8 must be 0 with shared_values = true", "Choose one of the two"]),
         (["fast_weights.learn_decay=true", "fast_weights.decay=1"], ["fast_weights.decay = 1.0 cannot be learned from", "learn_decay=false"]),
         (["tasks.num_queries=100"], ["tasks.num_queries = 100 with tasks.num_pairs = 6: take at least 424 tokens, must be at most 256", "Set tasks.num_queries=58 or less"]),
         (["tasks.num_pairs=64"], ["tasks.num_queries = 6 with tasks.num_pairs = 64: take at least 280 tokens", "Lower both, or raise backbone.segment_tokens"]),

@@ -12,14 +12,14 @@ from tests.benchmarks.rows.demo import Demo
 GAP, NUM_EXAMPLES = 131_072, 100
 GOAL = 0.97
 RELATIONS: trained.Settings = {
-    "fast_weights.adapter_rank": 32, "fast_weights.decay": 1.0, "training.read_strength": 1.0,
-    "training.write_noise": 0.0, "training.sparsity_span": [0.4, 0.6], "training.steps": 400,
+    "fast_weights.reversed_frac": 0.5, "fast_weights.binding": True, "fast_weights.shared_values": True,
+    "tasks.any_token_frac": 1.0, "training.sparsity_span": [0.4, 0.6], "training.steps": 400,
 }  # fmt: skip
 """For facts of three words, of which any can be asked for."""
 RUNS: Mapping[str, trained.Settings] = {
-    "world_qa1": {},
-    "world_qa2": {**RELATIONS, "fast_weights.layers": [1, 3]},
-    "world_qa3": {**RELATIONS, "fast_weights.layers": [1, 3]},
+    "world_qa1": {"training.steps": 300},
+    "world_qa2": {**RELATIONS, "fast_weights.layers": [1, 3], "tasks.names": ["world_qa1", "world_qa2"]},
+    "world_qa3": {**RELATIONS, "fast_weights.layers": [1, 3], "tasks.names": ["world_qa1", "world_qa2", "world_qa3"]},
     "world_qa4": RELATIONS,
     "world_qa5": RELATIONS,
 }
