@@ -11,19 +11,13 @@ from tests.benchmarks.rows.demo import FILLERS, Demo
 
 GAPS, NUM_EXAMPLES = (256, 512, 1024, 2048, 4096, 16384), 200
 RECALL_GOAL, LOSS_GOAL_POINTS = 0.97, 1.0
-DIGITS: trained.Settings = {
-    "fast_weights.adapter_rank": 32, "fast_weights.decay": 1.0, "training.read_strength": 1.0,
-    "training.write_noise": 0.0, "training.short_frac": 0.2, "training.sparsity_span": [0.4, 0.6],
-}  # fmt: skip
-"""For up to 32 facts in a memory of rank 32, which has no room for anything else, nor for readings twice as strong as
-in training: they stand beside what the window holds."""
-RUNS: Mapping[str, trained.Settings] = {
-    "copy_reverse": {**DIGITS, "training.steps": 400},
-    "n_back": {},
-    "split_addition": {**DIGITS, "training.steps": 800},
-    "long_addition": {**DIGITS, "training.steps": 800},
+RUNS: Mapping[str, tuple[str, trained.Settings]] = {
+    "copy_reverse": ("digits", {}),
+    "n_back": ("demo", {}),
+    "split_addition": ("digits", {"training.steps": 800}),
+    "long_addition": ("digits", {"training.steps": 800}),
 }
-"""By task, what its run changes in the demo's recipe."""
+"""By task, its recipe and what its run changes in it."""
 ROWS = tuple(
     f"{task}_{what}"
     for task in RUNS
@@ -34,21 +28,25 @@ ROWS = tuple(
 def recall_of_tasks(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Exact match of copy-reverse (12 digits), n-back (8 items), split and long addition (32 digits), by gap.
 
-    A run of `cortex train demo tasks.names=[...]` for each task. Held-out examples, each after a gap of text and one of
-    random tokens; n counts the examples: Wilson's interval, as if each were one question. The loss in the window is the
-    bare model's accuracy minus that with memory on, where nothing stands between facts and question; Newcombe's paired
-    interval. A finished run is not trained again.
+    A run of `cortex train digits tasks.names=[...]` for each task, of n-back the demo's recipe. Held-out examples, each
+    after a gap of text and one of random tokens; n counts the examples: Wilson's interval, as if each were one question.
+    The loss in the window is the bare model's accuracy minus that with memory on, where nothing stands between facts and
+    question; Newcombe's paired interval. A finished run is not trained again.
     """
     runs = {
         task: {
             "tasks.names": [task], "evaluation.tasks": [task], "evaluation.gaps_tokens": [0, *GAPS],
             "evaluation.num_examples": NUM_EXAMPLES, **settings,
         }
-        for task, settings in RUNS.items()
+        for task, (_, settings) in RUNS.items()
         if any(name.startswith(f"{task}_") for name in wanted)
     }  # fmt: skip
     names = {task: f"demo-{task.replace('_', '-')}" for task in runs}
-    documents = trained.evaluations(demo.folder.parent, {names[task]: settings for task, settings in runs.items()})
+    documents = trained.evaluations(
+        demo.folder.parent,
+        {names[task]: settings for task, settings in runs.items()},
+        {names[task]: RUNS[task][0] for task in runs},
+    )
     for task in runs:
         yield from (row for row in rows_of(task, documents[names[task]]) if row.name in wanted)
 
