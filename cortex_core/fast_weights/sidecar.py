@@ -150,8 +150,9 @@ class Sidecar(nn.Module):
         heads, reverse, values = self.shape.heads, self.addresses.num_reversed, tokens.values.float()
         if self.config.shared_values:
             values = values.transpose(1, 2).flatten(2)[:, None]  # one, for all heads
-        back, new = values[:, :reverse], values.shape[2]
-        kept = torch.cat([tokens.hidden.float(), back.transpose(1, 2).flatten(2)], dim=-1)
+        new, kept = values.shape[2], tokens.hidden.float()
+        if reverse:
+            kept = torch.cat([kept, values[:, :reverse].transpose(1, 2).flatten(2)], dim=-1)
         kept = torch.cat([state.context, kept], dim=1)
         hidden = kept[..., : self.shape.hidden]
         values = values.expand(-1, heads, -1, -1)
