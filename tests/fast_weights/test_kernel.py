@@ -146,6 +146,15 @@ def test_one_key_written_again_and_again(strength: float) -> None:
 
 
 @needs_triton
+def test_values_that_all_heads_share() -> None:
+    """One tensor, expanded over the heads (`FastWeightsConfig.shared_values`)."""
+    given = scene(40, dim=96)
+    assert_equals_the_oracle(
+        given._replace(values=given.values.detach()[:, :1].expand_as(given.values).requires_grad_())
+    )
+
+
+@needs_triton
 def test_bfloat16_inputs_cost_the_rounding_of_what_is_returned() -> None:
     """Everything inside is float32: outputs and gradients are off by their own rounding, the state not even by that."""
     assert_equals_the_oracle(scene(70, dtype=torch.bfloat16), ROUNDED, precision="tf32x3")
