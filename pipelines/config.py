@@ -27,6 +27,7 @@ from cortex_core.config import (
     Settings,
     TasksConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 from pipelines.resolve import Overrides, resolve
 
@@ -116,6 +117,8 @@ class RunConfig(Settings):
     """How the sidecars are updated."""
     training: TrainingConfig = TrainingConfig()
     """Length, batch and objectives of the run."""
+    validation: ValidationConfig = ValidationConfig()
+    """What the model is asked while it is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What the trained model is asked."""
     cluster: ClusterConfig = ClusterConfig()

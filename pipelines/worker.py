@@ -19,6 +19,7 @@ from cortex_core.backbone.load import load_tokenizer
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import read, restore, write
 from cortex_core.eval.suite import Suite
+from cortex_core.eval.validation import Validation
 from cortex_core.tasks.corpus import Corpus, load_corpus
 from cortex_core.tasks.mixture import Mixture, check_tasks
 from cortex_core.tasks.vocabulary import TaskVocabulary
@@ -44,6 +45,14 @@ class Edge:
     resume_from: Callable[[], AbstractContextManager[Path | None]]
     """Opens the last checkpoint, if there is one, as a local folder."""
 
+    def gather(self, mine: Any) -> list[Any]:
+        """Every worker's object, in order of rank."""
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
 
 def train(config: RunConfig, edge: Edge) -> None:
     """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints."""
@@ -61,7 +70,8 @@ def train(config: RunConfig, edge: Edge) -> None:
     with edge.resume_from() as folder:
         if folder is not None:
             checkpoint.load(folder, learner)
-    _train_steps(config, edge, learner, batches, backbone)
+    validation = _validation(config, edge, vocabulary, corpus) if config.validation.every_steps else None
+    _train_steps(config, edge, learner, batches, backbone, validation)
     with learner.averaged():
         document = _suite(config, edge, vocabulary, corpus).run(model)
     document["backbone_parameters"] = shards.total_numel
@@ -86,7 +96,8 @@ def evaluate(config: RunConfig, edge: Edge, sidecars: Path) -> None:
 def _words(config: RunConfig) -> tuple[TaskVocabulary, Corpus]:
     """What the tasks are made of; before anything expensive, because both come from the user. Raises user errors."""
     tokenizer = load_tokenizer(config.backbone)
-    vocabulary, corpus = TaskVocabulary.from_tokenizer(tokenizer), load_corpus(config.data, tokenizer)
+    vocabulary = TaskVocabulary.from_tokenizer(tokenizer, validation=config.validation.every_steps > 0)
+    corpus = load_corpus(config.data, tokenizer)
     check_tasks(config, vocabulary, corpus)
     return vocabulary, corpus
 
@@ -103,19 +114,26 @@ def build(config: RunConfig) -> tuple[Cortex, Shards]:
     return model, shards
 
 
-def _train_steps(config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str) -> None:
-    training, window = config.training, _Window()
+def _train_steps(
+    config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str, validation: Validation | None
+) -> None:
+    training, window, every = config.training, _Window(), config.validation.every_steps
     tokens = [batches.tokens(step) for step in range(training.steps)]
     while learner.step_number < training.steps:
         step = learner.step_number
         window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), tokens[step])
         done = learner.step_number
-        due = done % training.checkpoint_every_steps == 0 or done == training.steps
-        if due or done % training.report_every_steps == 0:
+        last = done == training.steps
+        due, validated = last or done % training.checkpoint_every_steps == 0, every and (last or done % every == 0)
+        if due or validated or done % training.report_every_steps == 0:
+            metrics = {"step": done, "done_frac": sum(tokens[:done]) / sum(tokens), **window.means()}
+            if validation is not None and validated:
+                with learner.averaged():
+                    metrics |= validation.run(learner.model)
+                window = _Window()
             with tempfile.TemporaryDirectory() as scratch:
                 saved = _save(Path(scratch), learner, config, backbone) if due and edge.rank == 0 else None
-                done_frac = sum(tokens[:done]) / sum(tokens)
-                edge.report({"phase": 1.0, "step": done, "done_frac": done_frac, **window.means()}, saved)
+                edge.report({"phase": 1.0, **metrics}, saved)
 
 
 class _Window:
@@ -152,19 +170,19 @@ def _batches(config: RunConfig, vocabulary: TaskVocabulary, corpus: Corpus) -> B
 
 
 def _suite(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpus: Corpus) -> Suite:
-    def gather(mine: Any) -> list[Any]:
-        if edge.world_size == 1:
-            return [mine]
-        everyone: list[Any] = [None] * edge.world_size
-        dist.all_gather_object(everyone, mine)
-        return everyone
-
     def on_progress(done_frac: float) -> None:
         edge.report({"phase": 2.0, "evaluated_frac": done_frac}, None)
 
     return Suite(
         config.evaluation, vocabulary, corpus, config.tasks.num_pairs, config.seed, edge.rank, edge.world_size,
-        gather, on_progress,
+        edge.gather, on_progress,
+    )  # fmt: skip
+
+
+def _validation(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpus: Corpus) -> Validation:
+    return Validation(
+        config.validation, config.evaluation, vocabulary, corpus, config.tasks.num_pairs, config.seed, edge.rank,
+        edge.world_size, edge.gather,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from cortex_core.config.data import (
     SourceName,
     TaskName,
     TasksConfig,
+    ValidationConfig,
 )
 from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
@@ -38,4 +39,5 @@ __all__ = [
     "TaskName",
     "TasksConfig",
     "TrainingConfig",
+    "ValidationConfig",
 ]

@@ -66,3 +66,16 @@ class EvaluationConfig(Settings):
     """Examples read side by side on each worker: more is faster and takes more memory, whatever the gap."""
     perplexity_tokens: Annotated[int, Field(ge=0)] = 65_536
     """Tokens of held-out text for the drift measurement; 0 skips it."""
+
+
+class ValidationConfig(Settings):
+    """What is asked while training goes on, to choose between runs: the tasks and fillers of the evaluation, with words
+    that are neither trained on nor evaluated."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between validations; there is one after the last step as well. 0 validates nothing; otherwise a
+    fifth of the words for training is set aside."""
+    gaps_tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (512, 2048)
+    """Filler tokens between the facts and the question."""
+    num_examples: Annotated[int, Field(ge=2)] = 40
+    """Examples per task, filler and gap; the same ones each time."""

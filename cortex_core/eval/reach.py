@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cortex_core.backbone.attention import only_at
 from cortex_core.backbone.model import Cortex
@@ -24,6 +25,9 @@ class Hits(NamedTuple):
     indices: tuple[int, ...]
     with_memory: tuple[bool, ...]
     bare: tuple[bool, ...]
+    """Empty where only the memory was asked."""
+    loss_nats: tuple[float, ...]
+    """With memory: negative log-likelihood of the answer, mean over its tokens."""
 
 
 class _Example(NamedTuple):
@@ -42,20 +46,27 @@ def recall(
     gaps_tokens: Sequence[int],
     indices: Sequence[int],
     on_progress: Callable[[int], None] = lambda tokens: None,
+    *,
+    bare: bool = True,
 ) -> Iterator[Hits]:
     """Ask each example's question after each gap.
 
     The memory reads facts and filler once, up to the longest gap; at each gap a fork of the session is asked. Scattered
-    facts lie elsewhere in each gap: a session of its own reads it from the start. The bare model sees the last window
-    before the answer. `on_progress` is told the tokens read.
+    facts lie elsewhere in each gap: a session of its own reads it from the start. With `bare`, the bare
+    model is asked as well: it sees the last window before the answer. `on_progress` is told the tokens read.
     """
     gaps = sorted(set(gaps_tokens))
     for run in [[gap] for gap in gaps] if task.scattered else [gaps]:
-        yield from _recall(model, task, run, indices, on_progress)
+        yield from _recall(model, task, run, indices, on_progress, bare)
 
 
 def _recall(
-    model: Cortex, task: TextTask, gaps: list[int], indices: Sequence[int], on_progress: Callable[[int], None]
+    model: Cortex,
+    task: TextTask,
+    gaps: list[int],
+    indices: Sequence[int],
+    on_progress: Callable[[int], None],
+    bare: bool,
 ) -> Iterator[Hits]:
     """Results at gaps of which each, ascending, begins as the longest one does. Nothing is read twice."""
     longest = [_example(task, index, gaps[-1]) for index in indices]
@@ -70,13 +81,14 @@ def _recall(
         read_to = stops
         on_progress(sum(map(len, pieces)))
         questions = [(e.tokens[e.first_query :], e.answer[e.first_query :]) for e in longest]
-        with_memory = ask(model, session.fork(), questions)
+        answers = ask(model, session.fork(), questions)
+        with_memory, losses = (tuple(part) for part in zip(*answers, strict=True))
         texts = [
             np.concatenate([e.tokens[max(0, stop - model.segment_tokens) : stop], tokens])
             for e, stop, (tokens, _) in zip(longest, stops, questions, strict=True)
         ]
-        bare = _bare(model, texts, questions)
-        yield Hits(gap, tuple(indices), tuple(with_memory), tuple(bare))
+        without = tuple(_bare(model, texts, questions)) if bare else ()
+        yield Hits(gap, tuple(indices), with_memory, without, losses)
 
 
 def _example(task: TextTask, index: int, gap_tokens: int) -> _Example:
@@ -93,11 +105,25 @@ def padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Te
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def ask(model: Cortex, session, questions) -> list[bool]:  # noqa: ANN001
-    """Whether each row's question (tokens [T], answer mask [T]) is answered exactly right; advances the session."""
+class Answer(NamedTuple):
+    """What came of one question."""
+
+    right: bool
+    loss_nats: float
+
+
+@torch.no_grad()
+def ask(model: Cortex, session, questions) -> list[Answer]:  # noqa: ANN001
+    """Ask each row's question (tokens [T], answer mask [T]); advances the session."""
     ids, mask = padded([tokens for tokens, _ in questions], model.backbone.device)
-    predicted = model(input_ids=ids, attention_mask=mask, session=session).logits.argmax(-1).cpu().numpy()
-    return [_right(predicted[row], tokens, answer) for row, (tokens, answer) in enumerate(questions)]
+    logits = model(input_ids=ids, attention_mask=mask, session=session).logits
+    predicted, answers = logits.argmax(-1).cpu().numpy(), list[Answer]()
+    for row, (tokens, answer) in enumerate(questions):
+        asked = torch.from_numpy(np.flatnonzero(answer))
+        expected = torch.from_numpy(tokens)[asked].to(logits.device)
+        loss = functional.cross_entropy(logits[row, asked - 1].float(), expected)
+        answers.append(Answer(_right(predicted[row], tokens, answer), float(loss)))
+    return answers
 
 
 def _bare(model: Cortex, texts: list[np.ndarray], questions) -> list[bool]:  # noqa: ANN001

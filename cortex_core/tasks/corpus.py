@@ -50,8 +50,8 @@ class Corpus:
     held_out_bytes: int
 
     def tokens(self, split: Split) -> NDArray[np.int32]:
-        """All tokens of a split, int32 [n]."""
-        return self.train if split == "train" else self.held_out
+        """All tokens of a split, int32 [n]. Validation sets words aside, no text: its filler is that of training."""
+        return self.held_out if split == "held_out" else self.train
 
     def excerpt(self, seed: tuple[int, ...], num_tokens: int, split: Split) -> IntArray:
         """`num_tokens` in a row from a random place, int64; past the end it starts over."""

@@ -14,7 +14,7 @@ from cortex_core.errors import ConfigError
 from cortex_core.tasks.filler import Filler
 from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 
-SPLIT_CODES = {"train": 0, "held_out": 1}
+SPLIT_CODES = {"train": 0, "held_out": 1, "validation": 2}
 _POOL_STREAM = 4
 _PLACE_STREAM = 5
 CUT_FRAC = 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -182,15 +183,22 @@ class TaskSettings(Protocol):
 
 def check_tasks(config: TaskSettings, vocabulary: TaskVocabulary, corpus: Corpus) -> None:
     """Every example that a run will ask for can be made with this tokenizer. Raises ConfigError."""
-    tasks, keys = config.tasks, len(vocabulary.keys["held_out"])
-    if tasks.num_pairs > keys:
-        raise ConfigError(
-            f"tasks.num_pairs = {tasks.num_pairs}: must be at most {keys}, the words that the backbone's tokenizer "
-            f"offers as held-out keys. Set tasks.num_pairs={keys} or less"
-        )
-    for name in config.evaluation.tasks:
+    tasks = config.tasks
+    asked: list[Split] = [split for split in vocabulary.keys if split != "train"]
+    for split in asked:
+        if tasks.num_pairs > (keys := len(vocabulary.keys[split])):
+            purpose = (
+                "held-out keys"
+                if split == "held_out"
+                else "keys to validate on (validation.every_steps = 0 needs none)"
+            )
+            raise ConfigError(
+                f"tasks.num_pairs = {tasks.num_pairs}: must be at most {keys}, the words that the backbone's tokenizer "
+                f"offers as {purpose}. Set tasks.num_pairs={keys} or less"
+            )
+    for name, split in itertools.product(config.evaluation.tasks, asked):
         try:
-            build_task(name, "random", vocabulary, corpus, split="held_out", num_pairs=tasks.num_pairs)
+            build_task(name, "random", vocabulary, corpus, split=split, num_pairs=tasks.num_pairs)
         except ConfigError as error:
             raise ConfigError(f"evaluation.tasks: {name} cannot be asked with this tokenizer: {error}") from None
     windows = 1 if config.training.in_window_batch_size else 2

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cortex_core.errors import DataError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "validation", "held_out"]
 IntArray = NDArray[np.int64]
 
 HINTS = tuple(f" {letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEFG")
@@ -34,6 +34,8 @@ DIGITS = tuple(f" {digit}" for digit in range(10))
 POOL_SEED = 20_250_101
 """Default seed of the pools, not a run's seed: every run on a tokenizer must hold out the same words."""
 HELD_OUT_FRAC = 1 / 3
+VALIDATION_FRAC = 1 / 5
+"""Of the words for training, where some are set aside to validate on."""
 FREQUENT_FRAC = 0.2
 MAX_WORDS = 1200
 MIN_WORDS = 24
@@ -55,9 +57,9 @@ class TaskVocabulary:
     """What a document opens with: the beginning-of-sequence token, or nothing where there is none."""
     separator: tuple[int, ...]
     """What stands between two documents: the end-of-sequence token, or nothing."""
-    keys: MappingProxyType[str, IntArray] = field(repr=False)
-    """One-token words by split, int64 [n]."""
-    values: MappingProxyType[str, IntArray] = field(repr=False)
+    keys: MappingProxyType[Split, IntArray] = field(repr=False)
+    """One-token words by split, int64 [n]; "validation" only where words were set aside for it."""
+    values: MappingProxyType[Split, IntArray] = field(repr=False)
     """One-token words by split, int64 [n]; disjoint from the keys."""
     pieces: MappingProxyType[str, tuple[int, ...]] = field(repr=False)
     """Ids of every marker, hints among them, and of the digits " 0" to " 9" (several ids where the tokenizer splits
@@ -66,8 +68,10 @@ class TaskVocabulary:
     """What random filler is drawn from: the vocabulary without special tokens and markers, int64 [n]."""
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, seed: int = POOL_SEED) -> TaskVocabulary:
+    def from_tokenizer(cls, tokenizer: Any, seed: int = POOL_SEED, *, validation: bool = False) -> TaskVocabulary:
         """Take the pools from a tokenizer with the methods of a Hugging Face one.
+
+        With `validation`, part of the words for training is set aside. The held-out words stay the same.
 
         Raises DataError when fewer than 24 words are single tokens with a leading space.
         """
@@ -83,7 +87,7 @@ class TaskVocabulary:
                 f"one token with its leading space), at least {MIN_WORDS} are needed: choose another backbone"
             )
         order = np.random.default_rng(seed).permutation(np.array(words, dtype=np.int64))
-        keys, values = _pools(order[: len(order) // 2]), _pools(order[len(order) // 2 :])
+        keys, values = (_pools(half, validation) for half in np.split(order, [len(order) // 2]))
         special = set(tokenizer.all_special_ids)
         random_ids = sorted(set(tokenizer.get_vocab().values()) - special - marker_ids)
         return cls(
@@ -113,12 +117,12 @@ class TaskVocabulary:
 
     @cached_property
     def shared_ids(self) -> IntArray:
-        """Every id that training may use for anything: `random_ids` without the held-out words, int64 [n]."""
+        """Every id that training may use for anything: `random_ids` without the words below, int64 [n]."""
         return np.setdiff1d(self.random_ids, self.held_out_words(), assume_unique=True)
 
     def held_out_words(self) -> IntArray:
-        """Every word that no training task may use, int64 [n]."""
-        return np.concatenate([self.keys["held_out"], self.values["held_out"]])
+        """Every word that no training task may use, int64 [n]: those for validation as well."""
+        return np.concatenate([p[split] for p in (self.keys, self.values) for split in p if split != "train"])
 
 
 def _single_token_words(tokenizer: Any, excluded: set[int]) -> list[int]:
@@ -134,10 +138,13 @@ def _single_token_words(tokenizer: Any, excluded: set[int]) -> list[int]:
     return sorted({ids[0] for ids in encoded if len(ids) == 1 and ids[0] not in excluded})
 
 
-def _pools(words: IntArray) -> MappingProxyType[str, IntArray]:
-    """Split shuffled words into the train and the held-out pool."""
+def _pools(words: IntArray, validation: bool) -> MappingProxyType[Split, IntArray]:
+    """Split shuffled words into the train and the held-out pool, and one to validate on between them."""
     cut = len(words) - round(len(words) * HELD_OUT_FRAC)
-    return MappingProxyType({"train": words[:cut], "held_out": words[cut:]})
+    if not validation:
+        return MappingProxyType({"train": words[:cut], "held_out": words[cut:]})
+    first = cut - round(cut * VALIDATION_FRAC)
+    return MappingProxyType({"train": words[:first], "validation": words[first:cut], "held_out": words[cut:]})
 
 
 def _present(token: int | None) -> tuple[int, ...]:

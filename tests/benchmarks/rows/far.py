@@ -69,8 +69,7 @@ def read_far(run: str, filler: str, near: int, far: int, rows: int = ROWS_READ) 
         for number in range(near // READ_TOKENS, far // READ_TOKENS):
             read(session, gap(number))
         peak_far, more = child.peak_bytes(), gap(0)
-        right = ask(
-            model, session.fork(), [(e.tokens[s:], e.answer[s:]) for e, s in zip(examples, starts, strict=True)]
-        )
+        questions = [(e.tokens[s:], e.answer[s:]) for e, s in zip(examples, starts, strict=True)]
+        right = [answer.right for answer in ask(model, session.fork(), questions)]
         ratios = pairs.ratios(lambda: read(session.fork(), more), lambda: read(at_near.fork(), more), pairs=PAIRS)
     return {"right": right, "peak_near": peak_near, "peak_far": peak_far, "time_ratios": ratios}
