@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
-from pipelines import bench_options
+from pipelines import ablate_options, bench_options, tune_options
 
 VERSION = "0.1.0"
 """As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
@@ -34,6 +34,7 @@ Examples:
   cortex train demo name=short training.steps=100 cluster.num_workers=1
   cortex train my.toml backbone.name=Qwen/Qwen3-0.6B data.path=notes/ fast_weights.rank=32
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
+  cortex tune fast_weights --trials 16
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
   cortex bench babilong --data hub:RMT-team/babilong --limit 20
   cortex config fast_weights
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"cortex: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumable = arguments[:1] in (["train"], ["ablate"], ["bench"])
+        resumable = arguments[:1] in (["train"], ["tune"], ["ablate"], ["bench"])
         again = f"; to resume: cortex {shlex.join(arguments)}" if resumable else ""
         print(f"\ncortex: interrupted{again}", file=sys.stderr)
         return 130
@@ -79,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
         return pretrain.main(arguments[1:])
     if arguments[:1] == ["ablate"]:
         return _ablate(arguments[1:])
+    if arguments[:1] == ["tune"]:
+        return _tune(arguments[1:])
     given = _parser().parse_args(arguments)
     match given.command:
         case "train":
@@ -134,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         "Ask a memory the questions of a public long-context benchmark.", bench_options.EPILOG,
     ))  # fmt: skip
 
-    # Only for the list: `_dispatch` hands these two their arguments unparsed, for their options may stand anywhere.
-    command("ablate", "RECIPE [--variants NAME,NAME] [KEY=VALUE ...]", "Train variants of a memory and compare them.")
+    # Only for the list: `_dispatch` hands these their arguments unparsed, for their options may stand anywhere.
+    command("tune", tune_options.USAGE, "Search for better settings: train many short runs and compare them.")
+    command("ablate", ablate_options.USAGE, "Train variants of a memory and compare them.")
     command("pretrain", "RECIPE --out FOLDER [KEY=VALUE ...]", "Train a small backbone from scratch.")
 
     config = command(
@@ -178,37 +182,9 @@ def _train(recipe: str, overrides: list[str]) -> int:
     return train.run(config)
 
 
-ABLATE_HELP = """\
-All are trained with the same seed, on the same data, and asked the same questions. {reference} is always among
-them. Settings hold for all variants.
-
-Variants, with what each takes away or replaces:
-{variants}
-
-Output: out_dir/name/ablations.json, .csv, .parquet, .png and .html, with the difference to {reference} on the
-same examples and its 95 % interval; each variant's run in out_dir/name/VARIANT; in MLflow one parent run with
-a child each. The same command again resumes; a variant that has finished under the same settings stays.
-
-Examples:
-  cortex ablate demo
-  cortex ablate demo --variants fast_off,source_rule
-  cortex ablate demo name=quick --variants no_gate training.steps=100 evaluation.gaps_tokens=0,1024
-"""
-
-
 def _ablate(arguments: list[str]) -> int:
-    from cortex_core.eval.ablations import REFERENCE, VARIANTS
-
-    variants = "\n".join(f"  {name:<18}{variant.without}" for name, variant in VARIANTS.items())
-    parser = Parser(
-        "cortex ablate", usage="cortex ablate RECIPE [--variants NAME,NAME] [KEY=VALUE ...]", allow_abbrev=False,
-        description="Train variants of a memory, evaluate them, and write one table that compares them.",
-        epilog=ABLATE_HELP.format(reference=REFERENCE, variants=variants),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of one that ships")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ this time")
-    parser.add_argument("--variants", metavar="NAME,NAME", help="only these [all]")
+    parser = _intermixed("ablate", ablate_options.USAGE, ablate_options.DESCRIPTION, ablate_options.epilog())
+    ablate_options.add(parser)
     given = parser.parse_intermixed_args(arguments)
 
     from pipelines.preflight import check
@@ -220,6 +196,32 @@ def _ablate(arguments: list[str]) -> int:
     from pipelines import ablate
 
     return ablate.run(planned)
+
+
+def _tune(arguments: list[str]) -> int:
+    parser = _intermixed("tune", tune_options.USAGE, tune_options.DESCRIPTION, tune_options.epilog())
+    tune_options.add(parser)
+    given = parser.parse_intermixed_args(arguments)
+
+    from pipelines.preflight import check
+    from pipelines.sweep_plan import plan
+
+    planned = plan(
+        given.study, given.overrides, trials=given.trials, search=given.search, stop_early=not given.no_early_stop,
+        concurrent=given.concurrent,
+    )  # fmt: skip
+    check(planned.config)
+    from pipelines import tune
+
+    return tune.run(planned)
+
+
+def _intermixed(name: str, usage: str, description: str, epilog: str) -> Parser:
+    """Of a command whose options may stand anywhere between its settings."""
+    return Parser(
+        f"cortex {name}", usage=f"cortex {name} {usage}", description=description, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:

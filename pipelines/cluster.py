@@ -106,6 +106,15 @@ def quiet_worker() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def room(cluster: ClusterConfig) -> int | None:
+    """Workers that the connected cluster has room for side by side; None if it grows on demand."""
+    if ray_state.get_max_resources_from_cluster_config():
+        return None
+    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) / share + 1e-9) for kind, share in each.items()) for node in nodes)
+
+
 def _start(cluster: ClusterConfig) -> None:
     # Ray asks for a token unless RAY_AUTH_MODE says otherwise, and rightly: who reaches its ports runs code
     # as this user. This token is known to this process and its children; by default Ray leaves one in the

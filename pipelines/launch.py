@@ -12,6 +12,7 @@ from typing import Any, Literal
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import step_of
@@ -25,7 +26,7 @@ KEPT_CHECKPOINTS = 2
 
 
 def launch(
-    job: Job, config: RunConfig, run: Run, callbacks: Sequence[UserCallback], sidecars: Path | None = None
+    job: Job, config: RunConfig, run: Run, callbacks: Sequence[RayTrainCallback], sidecars: Path | None = None
 ) -> Path:
     """Run a job to its end, from its last checkpoint. Returns a local folder with the files of its last report.
 
@@ -49,7 +50,7 @@ def launch(
             storage_path=config.cluster.storage_path or str(run.checkpoints),
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            callbacks=[Refusals(), *callbacks],
+            callbacks=[Refusals(), *callbacks],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -98,7 +99,7 @@ def _last_checkpoint(without_ray: Path | None) -> Iterator[Path | None]:
         yield without_ray if further else known
 
 
-def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[UserCallback]) -> Path:
+def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[RayTrainCallback]) -> Path:
     """The same worker without Ray: one process, checkpoints straight into the run's folder."""
     root = run.checkpoints / run.storage_name
     last = root / LAST
@@ -110,7 +111,8 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Use
             shutil.rmtree(last, ignore_errors=True)
             (root / "next").rename(last)
         for callback in callbacks:
-            callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
+            if isinstance(callback, UserCallback):
+                callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
 
     _do(settings, worker.Edge(0, 1, report, lambda: nullcontext(run.newest_checkpoint())))
     return last

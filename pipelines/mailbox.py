@@ -6,6 +6,21 @@ from collections import deque
 from typing import Any
 
 
+class Mailboxes:
+    """A mailbox for each name: of many runs at a time, in one actor."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[str, Mailbox] = {}
+
+    def post(self, name: str, item: dict[str, Any]) -> None:
+        """Leave a report."""
+        self._boxes.setdefault(name, Mailbox()).post(item)
+
+    def after(self, name: str, seen: int) -> list[tuple[int, dict[str, Any]]]:
+        """As `Mailbox.after`."""
+        return self._boxes[name].after(seen) if name in self._boxes else []
+
+
 class Mailbox:
     """Reports on their way from Ray Train's controller to the driver. The newest win if nobody takes them."""
 

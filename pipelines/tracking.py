@@ -9,10 +9,8 @@ folder.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +22,7 @@ from ray.train import Checkpoint, UserCallback
 from cortex_core.errors import ConfigError
 from pipelines.config import DATABASE_FILE, RunConfig
 from pipelines.metric_log import MetricLog, absolute, check_answers, first_line, open_client
+from pipelines.provenance import log_config, log_params, log_source
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,12 +31,11 @@ if TYPE_CHECKING:
 ARTIFACTS = "mlartifacts"
 """Folder beside a local database. A server decides for itself where artifacts go."""
 UNSENT_FILE, UNSENT_BY_DRIVER_FILE = "unsent_metrics.jsonl", "unsent_metrics_of_driver.jsonl"
-DIFF_FILE = "source.diff"
 POSITION = ("step", "phase", "done_frac", "evaluated_frac")
 """What a report says about where the run is; the rest are metrics."""
 CURVES = ("loss", "accuracy", "throughput/tokens_per_s")
 SYSTEM_METRICS_INTERVAL_S = 10
-MAX_PARAMS_PER_CALL, MAX_PARAM_CHARACTERS, MAX_DIFF_BYTES = 100, 6000, 5_000_000
+BEST_TAG = "sweep.best"
 _SQLITE = "sqlite:///"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -107,6 +105,40 @@ class TrackedRun:
         """Rows with the same keys, under a name ending in `.json`; MLflow compares tables across runs."""
         columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
         self._record(name, lambda: self._client.log_table(self.run_id, columns, name))
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        """Parameters beside those of the configuration; one that is there already stays."""
+        self._record("parameters", lambda: log_params(self._client, self._client.get_run(self.run_id), values))
+
+    def tag_best(self, child_id: str) -> None:
+        """Of this run's children, `child_id` alone is tagged `sweep.best`."""
+
+        def send() -> None:
+            for child in self._children():
+                if child.info.run_id == child_id:
+                    self._client.set_tag(child_id, BEST_TAG, "true")
+                elif BEST_TAG in child.data.tags:
+                    self._client.delete_tag(child.info.run_id, BEST_TAG)
+
+        self._record("the best run's tag", send)
+
+    def close_children(self) -> None:
+        """Children that are still RUNNING become KILLED: whoever would have closed them is gone."""
+
+        def send() -> None:
+            for child in self._children("attributes.status = 'RUNNING'"):
+                self._client.set_terminated(child.info.run_id, "KILLED")
+
+        self._record("status of the children", send)
+
+    def _children(self, also: str = "") -> list[Run]:
+        mine = f"tags.`mlflow.parentRunId` = '{self.run_id}'" + (f" and {also}" if also else "")
+        found, token = list[Any](), None
+        while True:
+            page = self._client.search_runs([self._experiment_id], mine, max_results=1000, page_token=token)
+            found, token = [*found, *page], page.token
+            if not token:
+                return found
 
     def history(self) -> list[dict[str, float]]:
         """The course of training, to be drawn: rows of `step` and those of CURVES that were reported then."""
@@ -187,8 +219,8 @@ def start(config: RunConfig, *, run_id: str | None = None, parent_run_id: str | 
         with _alone(uri):
             client = open_client(uri)
             run, resumed = _open_run(client, config, run_id, parent_run_id)
-        _log_config(client, run, config)
-        _log_source(client, run.info.run_id)
+        log_config(client, run, config)
+        log_source(client, run.info.run_id)
         tracked = TrackedRun(client, run, uri, config)
         if config.tracking.system_metrics:
             tracked._watch_system(resumed)
@@ -249,49 +281,3 @@ def _experiment(client: MlflowClient, config: RunConfig) -> str:
             f"(mlflow experiments restore --experiment-id {found.experiment_id}), or choose another name"
         )
     return found.experiment_id
-
-
-def _log_config(client: MlflowClient, run: Run, config: RunConfig) -> None:
-    """Parameters in MLflow are written once; a resumed run that has other values now says so in tags."""
-    from mlflow.entities import Param
-
-    before, now = run.data.params, _flatten(config.model_dump(mode="json"))
-    new = [Param(name, value) for name, value in now.items() if name not in before]
-    for first in range(0, len(new), MAX_PARAMS_PER_CALL):
-        client.log_batch(run.info.run_id, params=new[first : first + MAX_PARAMS_PER_CALL])
-    for name, value in now.items():
-        if before.get(name, value) != value:
-            client.set_tag(run.info.run_id, f"resumed_with.{name}", value)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[prefix + name] = text[:MAX_PARAM_CHARACTERS]
-    return flat
-
-
-def _log_source(client: MlflowClient, run_id: str) -> None:
-    """Which code this is. An installed package has no revision, which is fine."""
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return  # or it lies, installed, inside somebody else's repository
-    revision = _git("rev-parse", "HEAD") or ""
-    client.set_tag(run_id, "mlflow.source.git.commit", revision.strip())
-    changed = _git("status", "--porcelain") or ""
-    client.set_tag(run_id, "source.dirty", str(bool(changed)).lower())
-    if changed:
-        diff = f"{changed}\n{_git('diff', 'HEAD') or ''}"
-        client.log_text(run_id, diff[:MAX_DIFF_BYTES], DIFF_FILE)
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace")

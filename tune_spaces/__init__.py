@@ -1,1 +1,1 @@
-"""Search spaces: a sample is a set of dotted overrides for one run's settings. Never imports torch."""
+"""Search spaces: what a sweep varies and over what range, each with the reason. Data alone: no ray, no torch."""

@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 
 from cortex_core.errors import ConfigError
-from pipelines import cluster, tracking
+from pipelines import cluster, provenance, tracking
 from pipelines.config import ClusterConfig, RunConfig, load_config
 from pipelines.progress import Progress, run_to_end
 
@@ -105,7 +105,7 @@ def test_runs_that_open_a_new_store_at_once_wait_for_one_another(tmp_path: Path)
 def test_a_package_inside_another_repository_has_no_revision(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_git", lambda command, *rest: None if command == "ls-files" else "theirs")
+    monkeypatch.setattr(provenance, "_git", lambda command, *rest: None if command == "ls-files" else "theirs")
     with tracking.start(config) as run:
         pass
     assert "mlflow.source.git.commit" not in MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags
@@ -123,19 +123,19 @@ def test_artifacts_lie_beside_the_database(config: RunConfig, tmp_path: Path) ->
         run.log_figure(Figure(), "figures/reach.png")
         run.log_table([{"gap_tokens": 0, "accuracy": 1.0}, {"gap_tokens": 256, "accuracy": 0.5}], "reach.json")
     artifacts = next((tmp_path / "mlartifacts").glob(f"{run.run_id}/artifacts"))
-    found = {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()} - {tracking.DIFF_FILE}
+    found = {str(p.relative_to(artifacts)) for p in artifacts.rglob("*") if p.is_file()} - {provenance.DIFF_FILE}
     expected = {"report.html", "sidecars/config.json", "again/report.html", "figures/reach.png", "reach.json"}
     assert found == expected and run.finish() == []
 
 
 def test_the_source_is_recorded(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"ls-files": "x", "rev-parse": "abc123\n", "status": " M train.py\n", "diff": "+ a line\n"}
-    monkeypatch.setattr(tracking, "_git", lambda command, *rest: answers[command])
+    monkeypatch.setattr(provenance, "_git", lambda command, *rest: answers[command])
     with tracking.start(config) as run:
         pass
     tags = MlflowClient(tracking_uri=run.uri).get_run(run.run_id).data.tags
     assert tags["mlflow.source.git.commit"] == "abc123" and tags["source.dirty"] == "true"
-    assert "+ a line" in next(tmp_path.rglob(tracking.DIFF_FILE)).read_text()
+    assert "+ a line" in next(tmp_path.rglob(provenance.DIFF_FILE)).read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""What a sweep says while it runs, and the record that it keeps: each validation of each trial as it comes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console
+from rich.markup import escape
+
+from cortex_core.eval.validation import LOSS, RECALL
+from pipelines.config import RunConfig
+from pipelines.search import RESULTS_FILE
+from pipelines.trial import ENDED
+
+FAILURES_FILE = "failures.jsonl"
+
+
+class Follower(tune.Callback):
+    """Prints a line per validation, end and failure of a trial; appends results and failures to files.
+
+    Ray Tune pickles it with its own state: it holds no open file and no console.
+    """
+
+    def __init__(self, config: RunConfig, total: int) -> None:
+        self._results = config.run_dir / RESULTS_FILE
+        self._failures = config.run_dir / FAILURES_FILE
+        self._total, self._steps = total, config.training.steps
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called when a trial begins, or goes on."""
+        self._say(trials, trial, "  ".join(f"{name}={shown(value)}" for name, value in trial.config.items()))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called after each validation; the end of a trial repeats the last one."""
+        line = {
+            "trial": trial.trial_id, "step": result["step"], LOSS: result[LOSS], RECALL: result[RECALL],
+            "sample": trial.config,
+        }  # fmt: skip
+        if ENDED not in result:
+            with self._results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            numbers = f"loss {result[LOSS]:.3f}  recall {result[RECALL]:.1%}"
+            self._say(trials, trial, f"step {result['step']}/{self._steps}  {numbers}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called when a trial has ended, by itself or because it was stopped."""
+        self._say(trials, trial, "finished" if ENDED in trial.last_result else "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called when a trial has failed. The sweep goes on with the others."""
+        said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        reason = (said.strip().splitlines() or ["no reason was given"])[-1][:300]
+        with self._failures.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"trial": trial.trial_id, "sample": trial.config, "reason": reason}) + "\n")
+        self._say(trials, trial, f"failed: {reason}")
+
+    def _say(self, trials: list[Any], trial: Any, text: str) -> None:
+        ended = sum(each.is_finished() for each in trials)
+        Console().print(
+            f"{ended}/{self._total} ended  trial {trial.trial_id}  {escape(text)}", soft_wrap=True, highlight=False
+        )
+
+
+def shown(value: object) -> str:
+    """A sample's value with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

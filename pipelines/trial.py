@@ -1,0 +1,142 @@
+"""One trial of a sweep: a run of Ray Train that Ray Tune can follow, stop early and go on with."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.tune import Trainable
+
+from cortex_core.eval.validation import LOSS, RECALL
+from pipelines import cluster, tracking
+from pipelines.actors import ask, send
+from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.launch import launch
+from pipelines.runs import locked, open_run
+from pipelines.sweep_plan import trial_config
+from pipelines.train import publish
+
+POLL_S, ABORT_TIMEOUT_S = 0.3, 8.0
+ENDED = "ended"
+"""In the last result of a trial that has taken all its steps. Ray Tune says `done` of one that it stops, too."""
+
+
+class Trial(Trainable):
+    """Starts the run in a thread and hands on what its workers' validations say; the end of the run is its last result.
+
+    A result has `step`, LOSS and RECALL. The last one has ENDED as well. A trial that was interrupted goes on from its
+    last checkpoint, because the folder of its run does.
+    """
+
+    def setup(self, config: dict[str, Any], sweep: str = "", mailboxes: Any = None, parent_run_id: str = "") -> None:
+        """`sweep`: the run that is varied, as JSON; `mailboxes`: of `Mailboxes`, an actor's handle."""
+        cluster.quiet_worker()
+        self._sweep, self._mailboxes, self._parent = RunConfig.model_validate_json(sweep), mailboxes, parent_run_id
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Tune gives this process to another trial: starting one takes seconds."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next validation. Raises what the run raised."""
+        while True:
+            alive = self._thread.is_alive()  # before the look into the mailbox: what it left there is seen
+            for report in self._new_reports():
+                if LOSS in report:
+                    self._last = {name: report[name] for name in ("step", LOSS, RECALL)}
+                    return dict(self._last)
+            if not alive:
+                if self._error is not None:
+                    raise self._error
+                return self._last | {"done": True, ENDED: True}
+            time.sleep(POLL_S)
+
+    def cleanup(self) -> None:
+        """Stop the run if it goes on. Its last checkpoint stays, and its status in MLflow becomes KILLED."""
+        self._stopping = True
+        if self._thread.is_alive():
+            for _ in self._new_reports():
+                pass
+            if self._controller is not None:
+                _abort(self._controller)
+            self._thread.join(ABORT_TIMEOUT_S)
+
+    def _new_reports(self) -> Iterator[dict[str, Any]]:
+        """What the run has said since, one at a time: a report that is not taken is there the next time."""
+        for number, report in ask(self._mailboxes.after, self.trial_id, self._seen, timeout_s=60.0):
+            self._seen = number
+            self._controller = report.get("controller", self._controller)
+            yield report
+
+    def _begin(self, sample: Mapping[str, Any]) -> None:
+        self._config = trial_config(self._sweep, self.trial_id, sample)
+        self._seen, self._last, self._error = 0, dict[str, Any](), None
+        self._stopping, self._controller = False, None
+        self._thread = threading.Thread(target=self._work, name=f"run of {self.trial_id}", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            with locked(self._config.run_dir):
+                self._run()
+        except BaseException as error:
+            self._error = error
+
+    def _run(self) -> None:
+        """`pipelines.train.work` without a terminal."""
+        record, _ = open_run(self._config)
+        with tracking.start(self._config, run_id=record.mlflow_run_id, parent_run_id=self._parent) as tracked:
+            record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
+            post = Post(self._mailboxes, self.trial_id)
+            try:
+                finished = launch("train", self._config, record, [tracked.callback(), post, Introduce(post)])
+            except Exception:
+                if self._stopping:
+                    raise KeyboardInterrupt from None  # it was ended, it has not failed
+                raise
+            publish(self._config, finished, finished / SIDECARS_FOLDER, tracked)
+            record.publish_config()
+        record.update(state="FINISHED")
+
+
+class Post(UserCallback):
+    """Leaves what rank 0 reports in the trial's mailbox. Runs on Ray Train's controller."""
+
+    def __init__(self, mailboxes: Any, name: str) -> None:
+        self._mailboxes, self._name = mailboxes, name
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called with one dict per rank after all of them have reported."""
+        self.post(metrics[0])
+
+    def post(self, report: dict[str, Any]) -> None:
+        """Without waiting, and without a word if the mailboxes are gone: the sweep has ended, then."""
+        with contextlib.suppress(RayError):
+            send(self._mailboxes.post, self._name, report)
+
+
+class Introduce(ControllerCallback):
+    """Tells the trial who its controller is: the only one who can end the run and give its resources back."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called once, on the controller."""
+        self._post.post({"controller": ray.get_runtime_context().current_actor})
+
+
+def _abort(controller: Any) -> None:
+    with contextlib.suppress(RayError):  # it ends itself when it is done; or it is too busy to answer
+        ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+    ray.kill(controller)
