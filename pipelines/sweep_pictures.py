@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class Axis:
         low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
         edges = [low + (high - low) * i / BINS for i in range(BINS + 1)]
         texts = [_text(math.exp(edge) if self.log else edge) for edge in edges]
-        return [f"{one} to {other}" for one, other in zip(texts[:-1], texts[1:], strict=True)]
+        return [f"{one} to {other}" for one, other in itertools.pairwise(texts)]
 
 
 def axes_of(result: Mapping[str, Any]) -> list[Axis]:

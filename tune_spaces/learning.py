@@ -2,8 +2,8 @@
 
 - The three rates range over a factor of thirty around their defaults, evenly in the logarithm. Those
   of the gates and the output gate are larger than that of the addresses: they start at 0 and have few parameters.
-- `clip_norm`: gradients of a memory are heavy-tailed while its gate opens; below .1 nothing is learned in a short run, at
-  10 nothing is clipped.
+- `clip_norm`: gradients of a memory are heavy-tailed while its gate opens; below .1 nothing is learned in a short run,
+  at 10 nothing is clipped.
 - `ema_decay`: averages over about 1 / (1 - decay) steps. 0 exports the last weights.
 """
 
