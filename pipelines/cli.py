@@ -226,7 +226,7 @@ def _intermixed(name: str, usage: str, description: str, epilog: str) -> Parser:
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
     from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
-    from pipelines.preflight import check_against_backbone, check_against_machine, check_data
+    from pipelines.preflight import check_against_backbone, check_against_machine, check_data, check_deepspeed
 
     if not (folder / CONFIG_FILE).is_file():
         state = f"has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
@@ -238,6 +238,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
             f"Go on with it: cortex train {shlex.quote(str(folder / CONFIG_FILE))}"
         )
     check_against_machine(config)
+    check_deepspeed(config)
     check_data(config)
     check_against_backbone(config)
     from pipelines import evaluate

@@ -73,6 +73,8 @@ class ShardingConfig(Settings):
     """3 splits the backbone over the workers (ZeRO-3): less memory, one gather per layer. 0 copies it."""
     offload: Literal["none", "cpu"] = "none"
     """Where shards rest between uses; `cpu` saves GPU memory at the price of copies. Needs stage 3."""
+    deepspeed: Annotated[str, Field(min_length=1)] | None = None
+    """Path of a DeepSpeed JSON configuration, in place of what `offload` says. Every node reads it. Needs stage 3."""
 
     @model_validator(mode="after")
     def only_shards_are_offloaded(self) -> ShardingConfig:
@@ -81,6 +83,21 @@ class ShardingConfig(Settings):
             raise ValueError(
                 f'offload = "{self.offload}" needs shards, but stage = {self.stage} replicates the backbone: '
                 'set stage to 3, or offload to "none"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_file_is_about_shards(self) -> ShardingConfig:
+        """DeepSpeed holds nothing but shards, and only one of the two can say where they rest."""
+        if self.deepspeed is not None and self.stage != 3:
+            raise ValueError(
+                f'deepspeed = "{self.deepspeed}" is about shards, but stage = {self.stage} replicates the backbone: '
+                "set stage to 3, or leave deepspeed out"
+            )
+        if self.deepspeed is not None and self.offload != "none":
+            raise ValueError(
+                f'deepspeed = "{self.deepspeed}" takes the place of offload = "{self.offload}": '
+                'set offload to "none", or leave deepspeed out'
             )
         return self
 
@@ -173,14 +190,17 @@ class RunConfig(Settings):
 
 
 def located(config: RunConfig) -> RunConfig:
-    """The same run with `~` expanded and folders made absolute: Ray's workers run in a folder of their own.
+    """The same run with `~` expanded and paths made absolute: Ray's workers run in a folder of their own.
 
     `backbone.name` is a folder if there is one of that name; otherwise it is a hub id, or ships with the package.
     """
-    path, name = config.data.path, config.backbone.name
+    path, name, deepspeed = config.data.path, config.backbone.name, config.sharding.deepspeed
     folder = _absolute(name)
     if path is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(_absolute(path))})})
+    if deepspeed is not None:
+        sharding = config.sharding.model_copy(update={"deepspeed": str(_absolute(deepspeed))})
+        config = config.model_copy(update={"sharding": sharding})
     if not name.startswith(BUILTIN) and folder.is_dir():
         config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"name": str(folder)})})
     return config

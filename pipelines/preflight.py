@@ -14,6 +14,7 @@ from typing import Any
 
 from cortex_core.config import ASSETS, BUILTIN, CORPUS_SUFFIXES
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
+from pipelines import zero3
 from pipelines.config import RunConfig, located
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -23,12 +24,13 @@ def check(config: RunConfig) -> None:
     """Every check below. Reads a few small files, writes nothing.
 
     Raises:
-        ConfigError: a value contradicts the backbone or the machine.
-        DataError: the corpus or the backbone is not there.
+        ConfigError: a value contradicts the backbone or the machine, or DeepSpeed's file what Cortex sets.
+        DataError: the corpus, the backbone or DeepSpeed's file is not there.
         IncompatibleError: the backbone cannot be used.
     """
     check_out_dir(config)
     check_against_machine(config)
+    check_deepspeed(config)
     check_data(config)
     check_against_backbone(config)
 
@@ -86,6 +88,13 @@ def check_against_machine(config: RunConfig) -> None:
             f"cluster.num_workers = {cluster.num_workers} with cluster.use_gpu = true: must be at most "
             f"{gpus}, the NVIDIA GPUs of this machine. {remedy}, or cluster.address=auto for a cluster"
         )
+
+
+def check_deepspeed(config: RunConfig) -> None:
+    """The file is there and asks for ZeRO-3. Whether DeepSpeed knows every key in it, only DeepSpeed can tell."""
+    file = located(config).sharding.deepspeed
+    if file is not None:
+        zero3.read(file)
 
 
 def check_against_backbone(config: RunConfig) -> None:

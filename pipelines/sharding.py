@@ -24,6 +24,7 @@ from cortex_core.backbone import load
 from cortex_core.backbone.attach import chosen_layers
 from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.errors import ConfigError
+from pipelines import zero3
 from pipelines.residency import Peak, Residency
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def load_backbone(
     stage: int,
     micro_batch: int = 1,
     offload: Literal["none", "cpu"] = "none",
+    deepspeed_file: str | None = None,
     memory: FastWeightsConfig | None = None,
 ) -> tuple[PreTrainedModel, Shards]:
     """The frozen backbone on this worker's device, and this rank's share of it.
@@ -82,7 +84,7 @@ def load_backbone(
     without a look at each module in them.
 
     Raises DataError, IncompatibleError: as `cortex_core.backbone.load.load_backbone`; ConfigError: a type
-    that this machine cannot compute in.
+    that this machine cannot compute in; both as `pipelines.zero3.read` and where DeepSpeed refuses the file.
     """
     if stage == 0:
         with _no_progress_bars():
@@ -97,7 +99,11 @@ def load_backbone(
             "backbone.dtype = float16: sharded weights of this type need a GPU. "
             "Set backbone.dtype=bfloat16 (or float32), or sharding.stage=0"
         )
-    config = _zero3(dtype, micro_batch, offload)
+    config = zero3.settings(
+        dtype=dtype, micro_batch=micro_batch, offload=offload, pin_memory=torch.cuda.is_available(), file=deepspeed_file
+    )
+    if deepspeed_file is not None:
+        _check_with_deepspeed(config, deepspeed_file)
     active = HfDeepSpeedConfig(config)  # transformers shards while this is alive
     try:
         with _no_progress_bars():
@@ -173,23 +179,33 @@ def _weights_dtype(backbone: BackboneConfig) -> str:
     return str(described.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
-def _zero3(dtype: str, micro_batch: int, offload: str) -> dict[str, Any]:
-    stage_3: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,  # no weight stays gathered, however small
-        "stage3_prefetch_bucket_size": 0,
-        "stage3_max_reuse_distance": 0,
-        "memory_efficient_linear": False,  # `_frozen_linear` is, and does no more than frozen weights need
-    }
-    if offload == "cpu":
-        stage_3["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "steps_per_print": 2**31,
-        "zero_optimization": stage_3,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "fp16": {"enabled": dtype == "float16"},
-    }
+def _check_with_deepspeed(config: dict[str, Any], file: str) -> None:
+    """Keys that DeepSpeed does not know, and what it would have to compile for them here but cannot."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    what = f'sharding.deepspeed = "{file}"'
+    try:
+        checked = DeepSpeedConfig(config).zero_config
+    except Exception as error:  # pydantic's, DeepSpeed's own, assertions
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error).partition("\n")[0]
+        raise ConfigError(f"{what}: DeepSpeed refuses it ({reason}). Correct the file, or leave it out") from error
+    device = checked.offload_param.device if checked.offload_param is not None else None
+    if device == "nvme" and not _nvme_can_be_read():
+        raise ConfigError(
+            f"{what}: zero_optimization.offload_param.device = nvme needs libaio with its headers, a C++ compiler and, "
+            "beside a GPU, the CUDA toolkit on every worker. Install them (on Debian or Ubuntu: libaio-dev g++), or "
+            "set the device to cpu"
+        )
+
+
+def _nvme_can_be_read() -> bool:
+    """Whether DeepSpeed could compile here what it reads a disk with; it does so on first use."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]
+    from torch.utils import cpp_extension
+
+    return AsyncIOBuilder().is_compatible() and (cpp_extension.CUDA_HOME is not None or not torch.cuda.is_available())
 
 
 def _quiet_deepspeed() -> Any:

@@ -104,9 +104,11 @@ def _words(config: RunConfig) -> tuple[TaskVocabulary, Corpus]:
 
 def build(config: RunConfig) -> tuple[Cortex, Shards]:
     """The backbone as this worker holds it, with new sidecars: equal on all workers, because the seed is."""
+    sharding = config.sharding
     backbone, shards = load_backbone(
-        config.backbone, stage=config.sharding.stage, offload=config.sharding.offload, memory=config.fast_weights
-    )
+        config.backbone, stage=sharding.stage, offload=sharding.offload, deepspeed_file=sharding.deepspeed,
+        memory=config.fast_weights,
+    )  # fmt: skip
     torch.manual_seed(config.seed)
     model = Cortex.attach(backbone, config.fast_weights, config.backbone.segment_tokens)
     if config.training.gradient_checkpointing:

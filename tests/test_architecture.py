@@ -101,6 +101,7 @@ def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
         (["train", "demo", "fast_weights.rank=0"], 2),
         (["train", "demo", "fast_weights.rank=4096"], 2),
         (["train", "demo", "data.path=no/such/folder"], 2),
+        (["train", "demo", "sharding.deepspeed=no/such.json"], 2),
         (["evaluate", "no/such/run"], 2),
         (["ablate", "demo", "--variants", "nope"], 2),
         (["ablate", "demo", "fast_weights.rank=4096"], 2),

@@ -17,6 +17,7 @@ from cortex_core.errors import ConfigError, DataError
 from pipelines.sharding import Shards, load_backbone, replicate
 
 WIDTH, VOCAB, SEGMENT = 32, 96, 12
+DEEPSPEED = Path(__file__).parents[2] / "cluster" / "deepspeed"
 # What each optimizer step does with the backbone: f = whole model, with loss; v = only the first three layers, whose
 # output nobody uses, for the state they leave; n = bare model without gradients. No two steps visit the same modules.
 PLANS = ("f", "vf", "nf", "fff", "vvnf", "fnf")
@@ -171,6 +172,29 @@ def single(folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def files(folder: str) -> dict[str, Any]:
+    """Stage 3 in a lone process as a file says it, against no shards; or the line that refuses the file."""
+    config = BackboneConfig(name=folder)
+    tokens = torch.randint(0, VOCAB, (2, SEGMENT), generator=torch.Generator().manual_seed(0))
+    whole, unsplit = load_backbone(config, stage=0)
+    expected_loss, expected = _step(WithSidecars(whole, seed=0), unsplit, tokens, "f", False)
+    typo = Path(folder, "typo.json")
+    typo.write_text('{"zero_optimization": {"stage": 3, "stage3_typo": 0}}')
+    found: dict[str, Any] = {}
+    for path in (DEEPSPEED / "zero3.json", DEEPSPEED / "zero3_cpu_offload.json", typo):
+        try:
+            sharded, shards = load_backbone(config, stage=3, deepspeed_file=str(path))
+        except ConfigError as error:
+            found[path.stem] = str(error)
+            continue
+        with torch.no_grad():
+            equal = torch.equal(sharded(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+        loss, grads = _step(WithSidecars(sharded, seed=0), shards, tokens, "f", False)
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, expected, strict=True))
+        found[path.stem] = {"equal": equal, "loss": loss, "expected_loss": expected_loss, "error": error}
+    return found
+
+
 def _stack_depth() -> int:
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
@@ -180,6 +204,6 @@ def _stack_depth() -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scene, model, out = sys.argv[1:]
-    Path(out).write_text(json.dumps({"pair": pair, "told": told, "single": single}[scene](model)))
+    Path(out).write_text(json.dumps({"pair": pair, "told": told, "single": single, "files": files}[scene](model)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

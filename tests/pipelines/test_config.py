@@ -141,9 +141,9 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
         ("fast_weight.rank=8", "fast_weight: unknown key at the top level; did you mean fast_weights?"),
         ("rank=8", "rank: unknown key at the top level; did you mean fast_weights.rank?"),
         ("training.rank=8", "training.rank: unknown key in section [training]; did you mean fast_weights.rank?"),
-        ("sharding.zzz=8", "sharding.zzz: unknown key in section [sharding]; it has: stage, offload"),
+        ("sharding.zzz=8", "sharding.zzz: unknown key in section [sharding]; it has: stage, offload, deepspeed"),
         ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size?"),
-        ("sharding=3", "sharding = 3: is a section; set one of its keys: stage, offload"),
+        ("sharding=3", "sharding = 3: is a section; set one of its keys: stage, offload, deepspeed"),
         ("seed.x=3", 'seed = {"x": 3}: expected an integer, at least 0, below 4294967296 (default 0)'),
         ("fast_weights.write_strength=2.5",
          "fast_weights.write_strength = 2.5 is beyond the stability bound: along a unit key the error is multiplied by "
@@ -187,6 +187,8 @@ def test_every_wrong_value_gets_its_own_line(tmp_path: Path) -> None:
         (["tasks.num_queries=100"], ["tasks.num_queries = 100 with tasks.num_pairs = 6: take at least 424 tokens, must be at most 256", "Set tasks.num_queries=58 or less"]),
         (["tasks.num_pairs=64"], ["tasks.num_queries = 6 with tasks.num_pairs = 64: take at least 280 tokens", "Lower both, or raise backbone.segment_tokens"]),
         (["tasks.num_queries=200", "training.in_window_batch_size=0"], ["take at least 824 tokens, must be at most 512 (2 x backbone.segment_tokens)"]),
+        (["sharding.deepspeed=a.json", "sharding.stage=0"], ['sharding.deepspeed = "a.json"', "stage = 0", "set stage to 3, or leave deepspeed out"]),
+        (["sharding.deepspeed=a.json", "sharding.offload=cpu"], ['sharding.deepspeed = "a.json"', 'takes the place of offload = "cpu"', 'set offload to "none"']),
         (["sharding.stage=0", "sharding.offload=cpu"], ['sharding.offload = "cpu"', "stage = 0", "set stage to 3"]),
     ],
 )  # fmt: skip
@@ -271,6 +273,7 @@ VALUES = {
     "optimizer.betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "evaluation.gaps_tokens": st.lists(st.integers(0, 2**40), min_size=1).map(tuple),
     "cluster.address": st.none() | TEXT,
+    "sharding.deepspeed": st.none() | TEXT,
     "cluster.worker_start_timeout_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "tracking.uri": st.none() | TEXT,
     "tracking.experiment": TEXT,

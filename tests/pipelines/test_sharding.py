@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from cortex_core.config import BackboneConfig
-from pipelines.sharding import _absent, load_backbone, replicate
+from cortex_core.errors import ConfigError
+from pipelines import zero3
+from pipelines.sharding import _absent, _check_with_deepspeed, load_backbone, replicate
 
 ROOT, SCENES = Path(__file__).parents[2], Path(__file__).with_name("sharding_scenes.py")
 PLANS, MODES = ("f", "vf", "nf", "fff", "vvnf", "fnf"), ("plain", "checkpointing", "accumulation")
@@ -121,6 +124,27 @@ def test_a_lone_process_can_shard(tiny: str, tmp_path: Path) -> None:
     assert "backbone.dtype = float16" in got["refusal"] and "bfloat16" in got["refusal"]
     assert "-missing: cannot be loaded" in got["missing"]
     assert not got["mlflow"], "DeepSpeed took it in, which takes seconds"
+
+
+@pytest.mark.slow
+def test_a_file_lays_the_backbone_out_and_changes_nothing_else(tiny: str, tmp_path: Path) -> None:
+    (got,) = _run("files", tiny, tmp_path, 1)
+    assert 'typo.json": DeepSpeed refuses it (stage3_typo: Extra inputs are not permitted)' in got.pop("typo")
+    assert sorted(got) == ["zero3", "zero3_cpu_offload"]
+    for row in got.values():
+        assert row["equal"] and row["error"] < 1e-5, row
+        assert row["loss"] == pytest.approx(row["expected_loss"], rel=1e-5), row
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nvme_needs_a_library_that_few_machines_have(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: there)
+    file = str(ROOT / "cluster" / "deepspeed" / "zero3_nvme_offload.json")
+    config = zero3.settings(dtype="float32", micro_batch=1, offload="none", pin_memory=False, file=file)
+    with nullcontext() if there else pytest.raises(ConfigError, match=r"nvme needs libaio .* set the device to cpu$"):
+        _check_with_deepspeed(config, file)
 
 
 def test_a_package_is_absent_within_the_block_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
