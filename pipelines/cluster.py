@@ -170,10 +170,14 @@ def _check_this_machine(cluster: ClusterConfig) -> None:
 
 
 def _check_cluster(cluster: ClusterConfig) -> None:
-    if ray_state.get_max_resources_from_cluster_config():
-        return  # it grows on demand; Ray Train compares with what it can grow to
+    # Ray's own autoscalers, of `ray up` and of KubeRay, do not tell what they can grow to, so the user has to.
+    if cluster.autoscaling or ray_state.get_max_resources_from_cluster_config():
+        return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    _check_fits(cluster, nodes, "this Ray cluster has")
+    try:
+        _check_fits(cluster, nodes, "this Ray cluster has")
+    except ConfigError as error:
+        raise ConfigError(f"{error}. If it adds nodes on demand: cluster.autoscaling=true") from None
 
 
 def _check_fits(cluster: ClusterConfig, nodes: list[dict[str, Any]], there: str) -> None:

@@ -50,6 +50,8 @@ class ClusterConfig(Settings):
 
     address: str | None = None
     """None starts Ray on this machine for the length of the run; `auto` joins the cluster that is running."""
+    autoscaling: bool = False
+    """The cluster that is joined adds nodes on demand: workers may ask for more than it has now."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Data-parallel workers, one process each; 0 runs in this process, without Ray."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
@@ -61,7 +63,7 @@ class ClusterConfig(Settings):
     max_failures: Annotated[int, Field(ge=-1)] = 2
     """Worker failures that are answered by resuming from the last checkpoint; -1 is no limit."""
     worker_start_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
-    """Seconds that the workers may take to be placed and to start."""
+    """Seconds that the workers may take to be placed and to start; with `autoscaling` also the nodes that they need."""
     storage_path: str | None = None
     """Folder or URI that every node sees, for Ray's checkpoints; None is `out_dir`, enough on one machine."""
 

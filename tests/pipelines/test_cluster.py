@@ -66,6 +66,15 @@ def test_shares_of_a_cpu_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster._check_this_machine(ClusterConfig(num_workers=10, cpus_per_worker=0.1))
 
 
+def test_a_cluster_that_grows_is_not_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"node:__internal_head__": 1.0}}])
+    for settings in ({}, {"use_gpu": True}):
+        with pytest.raises(ConfigError, match=r"this Ray cluster has .*on demand: cluster\.autoscaling=true$"):
+            cluster._check_cluster(ClusterConfig(**settings))
+        cluster._check_cluster(ClusterConfig(autoscaling=True, **settings))
+
+
 @pytest.mark.usefixtures("_no_ray")
 def test_no_workers_means_no_ray() -> None:
     with cluster.connect(ClusterConfig(num_workers=0)):
@@ -171,8 +180,10 @@ def test_within_ray_connect_only_checks(ray_here: ClusterConfig) -> None:
     with cluster.connect(ray_here):
         pass
     assert ray.is_initialized()
-    with pytest.raises(ConfigError, match="this Ray cluster has room for"), \
+    with pytest.raises(ConfigError, match=r"this Ray cluster has room for .* on demand: cluster\.autoscaling=true"), \
          cluster.connect(ClusterConfig(num_workers=4096)):  # fmt: skip
+        pass
+    with cluster.connect(ClusterConfig(num_workers=4096, autoscaling=True)):
         pass
 
 
