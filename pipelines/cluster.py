@@ -108,7 +108,7 @@ def quiet_worker() -> None:
 
 def room(cluster: ClusterConfig) -> int | None:
     """Workers that the connected cluster has room for side by side; None if it grows on demand."""
-    if ray_state.get_max_resources_from_cluster_config():
+    if cluster.autoscaling or ray_state.get_max_resources_from_cluster_config():
         return None
     each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -86,7 +86,9 @@ def imported_by(*arguments: str) -> tuple[int, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["train", "--help"], ["ablate", "--help"], []], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["train", "--help"], ["ablate", "--help"], ["tune", "--help"], []],
+    ids=" ".join,
 )
 def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
     code, modules = imported_by(*arguments)
@@ -104,6 +106,8 @@ def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
         (["train", "demo", "sharding.deepspeed=no/such.json"], 2),
         (["evaluate", "no/such/run"], 2),
         (["ablate", "demo", "--variants", "nope"], 2),
+        (["tune", "nope"], 2),
+        (["tune", "fast_weights", "fast_weights.saturation=0.6"], 2),
         (["ablate", "demo", "fast_weights.rank=4096"], 2),
         (["config"], 0),
         (["config", "--recipe", "demo"], 0),
