@@ -97,12 +97,13 @@ def _end_labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     figure = axes.get_figure(root=True)
     assert figure is not None
     line_height = 12.5 / (axes.get_position().height * figure.get_figheight() * 72)
-    for _ in range(100):
+    highest = max(1.0, line_height * (len(heights) - 1))  # the panel's top, as long as there is room below it
+    for _ in range(300):
         for i in range(1, len(heights)):
             overlap = max(0.0, line_height - (heights[i] - heights[i - 1]))
             heights[i - 1] -= overlap / 2
             heights[i] += overlap / 2
-        heights = [height - min(0.0, heights[0]) for height in heights]
+        heights[0], heights[-1] = max(0.0, heights[0]), min(highest, heights[-1])
     right = max(end[0] for end in ends)
     beside = offset_copy(axes.transData, figure, x=13, units="points")
     for (x, y, name, color), height in zip(ends, heights, strict=True):
