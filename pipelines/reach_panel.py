@@ -96,7 +96,8 @@ def _end_labels(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     heights = [end[1] for end in ends]
     figure = axes.get_figure(root=True)
     assert figure is not None
-    line_height = 12.5 / (axes.get_position().height * figure.get_figheight() * 72)
+    low, top = axes.get_ylim()
+    line_height = 12.5 * (top - low) / (axes.get_position().height * figure.get_figheight() * 72)
     highest = max(1.0, line_height * (len(heights) - 1))  # the panel's top, as long as there is room below it
     for _ in range(300):
         for i in range(1, len(heights)):
