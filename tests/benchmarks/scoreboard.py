@@ -39,6 +39,7 @@ from tests.benchmarks.rows import (
     seeds,
     sharding,
     speed,
+    sweep,
     tasks,
     text,
     wallclock,
@@ -98,9 +99,11 @@ MEASUREMENTS = (
     Measurement(worlds.stories_of_a_small_world, worlds.ROWS, "worlds"),
     Measurement(gpu.kernel_and_flash_linear_attention, gpu.KERNEL_ROWS, "gpu", needs_run=False),
     Measurement(gpu.overhead_on_a_gpu, gpu.MODEL_ROWS, "gpu", needs_run=False),
+    Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
+    Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu")
+OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 
