@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,17 @@ KEPT_CHECKPOINTS = 2
 
 
 def launch(
-    job: Job, config: RunConfig, run: Run, callbacks: Sequence[RayTrainCallback], sidecars: Path | None = None
+    job: Job,
+    config: RunConfig,
+    run: Run,
+    callbacks: Sequence[RayTrainCallback],
+    sidecars: Path | None = None,
+    on_interrupt: Callable[[], None] = lambda: None,
 ) -> Path:
     """Run a job to its end, from its last checkpoint. Returns a local folder with the files of its last report.
 
-    Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on Ctrl-C.
+    Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on
+    Ctrl-C; `on_interrupt` is called before the workers are stopped, which takes seconds.
     """
     newest = run.newest_checkpoint()
     # Ray finds its own, and removes them in time: a worker that is replaced later must not look for one that is gone.
@@ -54,7 +60,7 @@ def launch(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    result = run_to_end(trainer)
+    result = run_to_end(trainer, on_interrupt)
     assert result.checkpoint is not None
     local = run.checkpoints / "result"
     shutil.rmtree(local, ignore_errors=True)

@@ -90,3 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the model goes")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="where it resumes from [FOLDER-checkpoint beside --out]")
     return parser
+
+
+if __name__ == "__main__":
+    import sys
+
+    from pipelines.cli import main as command
+
+    sys.exit(command(["pretrain", *sys.argv[1:]]))

@@ -178,7 +178,7 @@ class Progress:
         self._console.print(text, highlight=False, soft_wrap=True)
 
 
-def run_to_end(trainer: TorchTrainer) -> Result:
+def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda: None) -> Result:
     """`trainer.fit()`, which Ctrl-C ends cleanly: workers stopped, then KeyboardInterrupt. A second Ctrl-C
     forces.
 
@@ -196,6 +196,7 @@ def run_to_end(trainer: TorchTrainer) -> Result:
             raise error.controller_failure from None
         raise
     except KeyboardInterrupt:
+        on_interrupt()
         for controller in controllers:
             _abort(controller)
         raise

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ray.tune.search.optuna import OptunaSearch
 from cortex_core.eval.validation import LOSS
 from pipelines.actors import HEAD
 from pipelines.sweep_plan import SweepPlan
+from pipelines.tracking import TrackedRun
 from pipelines.trial import Trial
 from tune_spaces.study import Choice, Domain, Real
 
@@ -75,20 +77,20 @@ def recorded(results: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def search(plan: SweepPlan, parent_run_id: str, mailboxes: Any, concurrent: int, follower: tune.Callback) -> bool:
+def search(plan: SweepPlan, parent: TrackedRun, mailboxes: Any, concurrent: int, follower: tune.Callback) -> bool:
     """Run the trials that have not ended. Returns whether all have; False after Ctrl-C or SIGTERM."""
     for name in ("ray.tune", "ray.train", "optuna"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     root = plan.config.run_dir / TUNE_FOLDER
     trainable = tune.with_resources(
         tune.with_parameters(
-            Trial, sweep=plan.config.model_dump_json(), mailboxes=mailboxes, parent_run_id=parent_run_id
+            Trial, sweep=plan.config.model_dump_json(), mailboxes=mailboxes, parent_run_id=parent.run_id
         ),
         # Room is counted in workers, and given by `concurrent`: a trial that held CPUs while its workers wait for them
         # would wait for ever. It is pinned where the driver is, which does not go away.
         tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 0.001}]),
     )
-    with _exported(QUIET), _sigterm_as_ctrl_c():
+    with _exported(QUIET), _sigterm_as_ctrl_c(parent):
         if any(root.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(root)):
             tuner = tune.Tuner.restore(str(root), trainable, resume_errored=True)
         else:
@@ -167,9 +169,21 @@ def _exported(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Ray Tune saves its state on SIGINT; on SIGTERM, which ends a submitted job, it would not."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+def _sigterm_as_ctrl_c(parent: TrackedRun) -> Iterator[None]:
+    """Ray Tune saves its state on SIGINT; on SIGTERM, which ends a submitted job, it would not.
+
+    A job that is stopped has three seconds, less than trials may need to end: what MLflow says is said at once.
+    """
+
+    def close() -> None:
+        parent.interrupted()
+        parent.close_children()
+
+    def handle(*_: object) -> None:
+        threading.Thread(target=close, daemon=True).start()
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:

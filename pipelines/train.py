@@ -58,7 +58,7 @@ def work(
             with cluster.connect(config.cluster):
                 job = "train" if sidecars is None else "evaluate"
                 callbacks = [tracked.callback(), progress.callback()]
-                finished = launch(job, config, record, callbacks, sidecars)
+                finished = launch(job, config, record, callbacks, sidecars, tracked.interrupted)
             progress.phase("writing the report")
             document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
             record.publish_config()

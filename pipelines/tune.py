@@ -50,7 +50,7 @@ def _run(plan: SweepPlan, console: Console) -> int:
             with cluster.connect(plan.config.cluster), _children_closed(parent):
                 concurrent = _concurrent(plan)
                 mailboxes = on_head(Mailboxes)
-                if not search(plan, parent.run_id, mailboxes, concurrent, Follower(plan.config, plan.study.num_trials)):
+                if not search(plan, parent, mailboxes, concurrent, Follower(plan.config, plan.study.num_trials)):
                     raise KeyboardInterrupt
             (folder / SWEEP_FILE).write_text(json.dumps(record | {"state": "FINISHED"}, indent=2) + "\n")
         result = sweep_result(plan)
