@@ -36,6 +36,7 @@ Examples:
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
   cortex tune fast_weights --trials 16
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
+  cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --nodes 2
   cortex bench babilong --data hub:RMT-team/babilong --limit 20
   cortex config fast_weights
   cortex ui runs
@@ -82,6 +83,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _ablate(arguments[1:])
     if arguments[:1] == ["tune"]:
         return _tune(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        from pipelines import plan_options
+
+        return plan_options.main(arguments[1:])
     given = _parser().parse_args(arguments)
     match given.command:
         case "train":
@@ -140,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     # Only for the list: `_dispatch` hands these their arguments unparsed, for their options may stand anywhere.
     command("tune", tune_options.USAGE, "Search for better settings: train many short runs and compare them.")
     command("ablate", ablate_options.USAGE, "Train variants of a memory and compare them.")
+    command("plan", "RECIPE [KEY=VALUE ...] [options]", "Say whether a run fits a cluster of GPUs, and how fast it is.")
     command("pretrain", "RECIPE --out FOLDER [KEY=VALUE ...]", "Train a small backbone from scratch.")
 
     config = command(

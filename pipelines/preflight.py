@@ -97,12 +97,14 @@ def check_deepspeed(config: RunConfig) -> None:
         zero3.read(file)
 
 
-def check_against_backbone(config: RunConfig) -> None:
+def check_against_backbone(config: RunConfig, *, whole: bool = True) -> None:
     """The memory fits the model and the segments fit its window, from `config.json` alone.
 
-    Only for a builtin or a local folder: about a hub id nothing is known before it is downloaded.
+    Only for a builtin or a local folder: about a hub id nothing is known before it is downloaded. Unless it is `whole`,
+    weights and a tokenizer may be missing.
     """
-    described = described_backbone(located(config).backbone.name, f'backbone.name = "{config.backbone.name}"')
+    what = f'backbone.name = "{config.backbone.name}"'
+    described = described_backbone(located(config).backbone.name, what, whole=whole)
     if described is None:
         return
     shape = described.get("text_config") or described  # multimodal models nest their language part
@@ -110,8 +112,8 @@ def check_against_backbone(config: RunConfig) -> None:
         raise ConfigError(line)
 
 
-def described_backbone(name: str, what: str) -> dict[str, Any] | None:
-    """`config.json` of a builtin or a local folder that holds a whole model; None for a hub id.
+def described_backbone(name: str, what: str, *, whole: bool = True) -> dict[str, Any] | None:
+    """`config.json` of a builtin or a local folder, which holds a model, a `whole` one; None for a hub id.
 
     Raises DataError or IncompatibleError that begins with `what` if something is missing.
     """
@@ -119,7 +121,10 @@ def described_backbone(name: str, what: str) -> dict[str, Any] | None:
     if folder is None:
         return None
     described = _read_config(folder, what)
-    _check_files(folder, described, what)
+    if described.get("is_encoder_decoder"):
+        raise IncompatibleError(f"{what}: is an encoder-decoder. A decoder-only language model is needed")
+    if whole:
+        _check_files(folder, what)
     return described
 
 
@@ -150,9 +155,7 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
     return described
 
 
-def _check_files(folder: Path, described: Mapping[str, Any], what: str) -> None:
-    if described.get("is_encoder_decoder"):
-        raise IncompatibleError(f"{what}: is an encoder-decoder. A decoder-only language model is needed")
+def _check_files(folder: Path, what: str) -> None:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise IncompatibleError(
             f"{what}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). "

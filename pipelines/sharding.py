@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cortex_core.backbone import load
 from cortex_core.backbone.attach import chosen_layers
+from cortex_core.backbone.shape import decoder_layers
 from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.errors import ConfigError
 from pipelines import zero3
@@ -117,7 +118,7 @@ def load_backbone(
             # Gradients reach such a layer through its output alone: hooks of the modules below would only cost time.
             layers[number]._z3_leaf = True  # type: ignore[assignment]
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    functional.linear = _frozen_linear
+    functional.linear = frozen_linear
     return model.eval(), Shards(model, engine)
 
 
@@ -157,7 +158,7 @@ class _FrozenLinear(torch.autograd.Function):
         return grads[0].matmul(ctx.weight.to(grads[0].dtype)), None, None
 
 
-def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, which would keep gathered weights in memory between forward and backward."""
     if weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
         return _linear(x, weight, bias)
@@ -255,12 +256,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that a decoder keeps in lists: its layers, whatever the family calls them."""
-    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    return [layer for layers in lists for layer in layers]
 
 
 def _device() -> torch.device:

@@ -17,7 +17,7 @@ STAGE_3: dict[str, Any] = {
     "stage3_param_persistence_threshold": 0,  # no weight stays gathered, however small
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_reuse_distance": 0,
-    "memory_efficient_linear": False,  # `_frozen_linear` is, and does no more than frozen weights need
+    "memory_efficient_linear": False,  # `frozen_linear` is, and does no more than frozen weights need
 }
 """What holds where neither a setting nor a file says otherwise: the least memory."""
 NOT_IN_A_FILE = {

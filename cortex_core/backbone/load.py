@@ -47,11 +47,11 @@ def load_backbone(config: BackboneConfig) -> PreTrainedModel:
         )
     except OSError as error:
         raise DataError(
-            f"backbone.name = {config.name}: cannot be loaded ({_first_line(error)}). "
+            f"backbone.name = {config.name}: cannot be loaded ({first_line(error)}). "
             "Give a Hugging Face hub id or a folder with config.json and *.safetensors"
         ) from error
     except (ValueError, KeyError) as error:
-        raise IncompatibleError(f"backbone.name = {config.name}: {_first_line(error)}") from error
+        raise IncompatibleError(f"backbone.name = {config.name}: {first_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -74,10 +74,10 @@ def load_tokenizer(config: BackboneConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IncompatibleError(
-            f"backbone.name = {config.name}: has no tokenizer that transformers can load ({_first_line(error)}). "
+            f"backbone.name = {config.name}: has no tokenizer that transformers can load ({first_line(error)}). "
             "Save one into the same folder with tokenizer.save_pretrained(folder)"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

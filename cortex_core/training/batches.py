@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cortex_core.config import TasksConfig, TrainingConfig
 from cortex_core.tasks.mixture import Mixture
-from cortex_core.training.objectives import Batch
+from cortex_core.training.objectives import KL_STRIDE, Batch
 from cortex_core.training.schedules import sparsity_factor
 
 _LENGTH_STREAM, _NOISE_STREAM = 11, 12
@@ -107,3 +108,35 @@ def _share(total: int, step: int, part: int, parts: int) -> range:
     """Indices of one of `parts` equal parts of the step's `total` sequences."""
     size = total // parts
     return range(step * total + part * size, step * total + (part + 1) * size)
+
+
+class BatchShape(NamedTuple):
+    """Sizes of one micro-batch of one worker."""
+
+    rows: int
+    """Long sequences."""
+    segments: int
+    width: int
+    """Tokens of a segment."""
+    windows: int
+    """In-window sequences."""
+    fillers: int
+    """Windows of filler."""
+    answers: int
+    """Tokens asked for in the last segment of each sequence, and in each window."""
+    whole_text: bool = False
+    """Whether every token from the second segment on is asked for, too."""
+
+    def batch(self) -> Batch:
+        """Such a batch. Its tokens are all the same: nothing here depends on them."""
+        ids = torch.zeros(self.rows, self.segments, self.width, dtype=torch.long)
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        answer[:, -1, -min(self.answers, self.width - 1) :] = True
+        if self.whole_text:
+            answer.flatten(1)[:, self.width + 1 :] = True
+        windows = torch.zeros(self.windows, self.width, dtype=torch.long)
+        asked = torch.zeros_like(windows, dtype=torch.bool)
+        # The token before each of these is none of those that are looked at anyway.
+        asked[:, KL_STRIDE : KL_STRIDE * (self.answers + 1) : KL_STRIDE] = True
+        fillers = torch.zeros(self.fillers, self.width, dtype=torch.long)
+        return Batch(ids, answer, torch.zeros_like(answer), windows, asked, fillers)
