@@ -36,7 +36,7 @@ Examples:
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
   cortex tune fast_weights --trials 16
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
-  cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --nodes 2
+  cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --gpus-per-node 4
   cortex bench babilong --data hub:RMT-team/babilong --limit 20
   cortex config fast_weights
   cortex ui runs

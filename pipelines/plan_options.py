@@ -21,7 +21,7 @@ GPUs: {", ".join(GPUS)}. For others, --memory-gib, --tflops and --link-gb-s; the
 
 Examples:
   cortex plan demo backbone.name=meta-llama/Llama-3.1-8B --gpus-per-node 1
-  cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B training.gradient_checkpointing=true --nodes 2
+  cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --nodes 2 --gpus-per-node 2
   cortex plan demo backbone.name=shapes/llama-3.1-70b --gpu rtx4090 --gpus-per-node 4 sharding.offload=cpu --json
 
 Exit codes: 0 it fits, 1 it does not, 2 wrong input.

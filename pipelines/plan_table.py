@@ -45,7 +45,7 @@ def _about(plan: Plan) -> Iterator[str]:
     nodes = "" if hardware.nodes == 1 else f"{hardware.nodes} nodes x "
     layers = ", ".join(map(str, plan.layers))
     yield (
-        f"{Path(plan.config.backbone.name).name}: {plan.total_numel / 1e9:.4g} B parameters, {plan.depth} layers, "
+        f"{Path(plan.config.backbone.name).name}: {_count(plan.total_numel)} parameters, {plan.depth} layers, "
         f"{plan.dtype}; memory in layer {layers}, rank {plan.config.fast_weights.rank}"
     )
     yield (
@@ -149,6 +149,10 @@ def document(plan: Plan, largest: int, changes: Sequence[Remedy]) -> dict[str, A
             for remedy in changes
         ],
     }
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.4g} B" if number >= 1e9 else f"{number / 1e6:.4g} M"
 
 
 def _gib(size: float) -> str:

@@ -87,7 +87,7 @@ def imported_by(*arguments: str) -> tuple[int, set[str]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["train", "--help"], ["ablate", "--help"], ["tune", "--help"], []],
+    [[command, "--help"] for command in ("train", "ablate", "tune", "plan")] + [["--help"], ["--version"], []],
     ids=" ".join,
 )
 def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
@@ -109,6 +109,8 @@ def test_help_imports_nothing_that_takes_time(arguments: list[str]) -> None:
         (["tune", "nope"], 2),
         (["tune", "fast_weights", "fast_weights.saturation=0.6"], 2),
         (["ablate", "demo", "fast_weights.rank=4096"], 2),
+        (["plan", "demo", "--gpu", "h1000"], 2),
+        (["plan", "demo", "fast_weights.rank=4096"], 2),
         (["config"], 0),
         (["config", "--recipe", "demo"], 0),
         (["ui", "no/such/folder"], 2),

@@ -33,6 +33,7 @@ from tests.benchmarks.rows import (
     gpu,
     needles,
     overhead,
+    plan,
     ranks,
     recall,
     safety,
@@ -78,6 +79,7 @@ MEASUREMENTS = (
     Measurement(overhead.overhead_of_a_large_model, overhead.ROWS, "overhead", needs_run=False),
     Measurement(sharding.sharding_of_the_demo, sharding.DEMO_ROWS, "sharding"),
     Measurement(sharding.sharding_of_a_deep_model, sharding.DEEP_ROWS, "sharding", needs_run=False),
+    Measurement(plan.plan_error_percent, plan.ROWS, "plan", needs_run=False),
     _one(speed.pipeline_throughput_ratio, "speed"),
     _one(speed.chunk_vs_oracle_speedup, "speed", needs_run=False),
     Measurement(

@@ -67,6 +67,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["ablate", "demo", "fast_weights.gate=soft"], ["fast_weights.gate=soft: variant soft_gate sets fast_weights.gate"]),
         (["ablate", "demo", "--variant=no_gate"], ["--variant=no_gate", "cortex ablate --help"]),
         (["ablate", "demo", "data.path=./none"], ['data.path = "./none"', "no such file"]),
+        (["plan"], ["required: RECIPE", "cortex plan --help"]),
+        (["plan", "nope"], ["nope: no such recipe", "that ships: demo"]),
+        (["plan", "demo", "--gpu", "h10"], ["--gpu h10: no such GPU", "h100, h200", "did you mean h100?", "--memory-gib"]),
+        (["plan", "demo", "--nodes", "0"], ["--nodes", "'0'", "whole number, 1 to 100000", "cortex plan --help"]),
+        (["plan", "demo", "--mfu", "40"], ["--mfu", "'40'", "at most 1", "cortex plan --help"]),
+        (["plan", "demo", "--tflops", "nan"], ["--tflops", "'nan'", "a number, at least 0"]),
+        (["plan", "demo", "--memory-gib", "1"], ["--context-gib 1.5: must be below 1", "--memory-gib"]),
+        (["plan", "demo", "--nodes", "3", "--gpus-per-node", "5"],
+         ["training.batch_size = 16", "multiple of 15", "cluster.num_workers = 15", "training.batch_size=30"]),
+        (["plan", "demo", "fast_weights.rank=4096"], ["fast_weights.rank = 4096: must be at most 32"]),
+        (["plan", "demo", "backbone.name=./none"], ['backbone.name = "./none"', "no such folder", "hub id"]),
         (["evaluate", "runs/none"], ["runs/none: no such folder", "out_dir/name"]),
         (["evaluate", "."], [".: has no config.toml", "out_dir/name"]),
         (["config", "trainning"], ["trainning: no such section", "fast_weights, data", "Did you mean training?"]),
@@ -134,7 +145,7 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], m
     assert capsys.readouterr().err == "\ncortex: interrupted\n"
 
 
-@pytest.mark.parametrize("command", [None, "train", "evaluate", "ablate", "config", "ui"])
+@pytest.mark.parametrize("command", [None, "train", "evaluate", "ablate", "plan", "config", "ui"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], command: str | None) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"] if command else ["--help"])

@@ -53,7 +53,7 @@ def compare(folder: Path, shape: str, checkpointing: bool) -> dict[str, tuple[in
         backbone=BackboneConfig(name=str(folder), segment_tokens=sizes["window_tokens"]),
         fast_weights=FastWeightsConfig(rank=16),
         training=TrainingConfig(
-            batch_size=2, max_segments=4, in_window_batch_size=1, gradient_checkpointing=checkpointing
+            batch_size=2, max_segments=3, in_window_batch_size=1, gradient_checkpointing=checkpointing
         ),
         cluster=ClusterConfig(num_workers=1),
         sharding=ShardingConfig(stage=0),
