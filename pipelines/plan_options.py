@@ -11,18 +11,20 @@ from pipelines.cli import Parser
 from pipelines.gpus import GPUS, Gpu, Hardware
 
 EPILOG = f"""\
-Nothing is loaded: the backbone is built without its weights, and one training step is rehearsed on tensors that have
-sizes only. backbone.name may be a folder with nothing in it but config.json. docs/plan.md says what is counted.
+Nothing is loaded: the backbone is built without its weights, and one training step is rehearsed on tensors
+that have sizes only. backbone.name may be a folder that holds config.json alone. docs/plan.md says what is
+counted.
 
-Workers: with --nodes or --gpus-per-node, their product (1 and 8 unless given), one for each GPU, in the place of
-cluster.num_workers; without, cluster.num_workers GPUs of one node.
+Workers: with --nodes or --gpus-per-node their product (1 and 8 unless given), one for each GPU, in the place
+of cluster.num_workers; without either, cluster.num_workers GPUs of one node.
 
-GPUs: {", ".join(GPUS)}. For others, --memory-gib, --tflops and --link-gb-s; they also correct a named one.
+GPUs: {", ".join(GPUS)}.
+For others give --memory-gib, --tflops and --link-gb-s, which also correct a named one.
 
 Examples:
   cortex plan demo backbone.name=meta-llama/Llama-3.1-8B --gpus-per-node 1
   cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --nodes 2 --gpus-per-node 2
-  cortex plan demo backbone.name=shapes/llama-3.1-70b --gpu rtx4090 --gpus-per-node 4 sharding.offload=cpu --json
+  cortex plan demo backbone.name=shapes/70b --gpu rtx4090 --gpus-per-node 4 sharding.offload=cpu --json
 
 Exit codes: 0 it fits, 1 it does not, 2 wrong input.
 """

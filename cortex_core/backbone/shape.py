@@ -130,7 +130,7 @@ def _shorten(model: PreTrainedModel, chosen: Sequence[int]) -> tuple[int, ...]:
     Returns where the layers with a memory now stand. A run never crosses a layer with a memory: what is kept for the
     backward pass differs on its two sides.
     """
-    decoder, moved, number = model.get_decoder(), [], 0
+    decoder, moved, number, before = model.get_decoder(), [], 0, 0
     for name, child in list(decoder.named_children()):
         if not isinstance(child, nn.ModuleList):
             continue
@@ -139,8 +139,9 @@ def _shorten(model: PreTrainedModel, chosen: Sequence[int]) -> tuple[int, ...]:
         number += len(numbered)
         for _, group in itertools.groupby(numbered, lambda one: _kind(one[0], one[1], chosen)):
             run = list(group)
-            moved += [len(kept) for index, _ in run if index in chosen]
+            moved += [before + len(kept) for index, _ in run if index in chosen]
             kept += _ends_and_middle([layer for _, layer in run])
+        before += len(kept)
         setattr(decoder, name, nn.ModuleList(kept))
     return tuple(moved)
 
@@ -148,9 +149,8 @@ def _shorten(model: PreTrainedModel, chosen: Sequence[int]) -> tuple[int, ...]:
 def _kind(number: int, layer: nn.Module, chosen: Sequence[int]) -> tuple[Any, ...]:
     """Equal for neighbours of the same kind between the same two memories."""
     sizes = tuple((name, *parameter.shape) for name, parameter in layer.named_parameters())
-    attention = next((getattr(m, "attention_type", None) or getattr(m, "sliding_window", None) for m in layer.modules()
-                      if type(m).__name__.endswith(("Attention", "Layer"))), None)  # fmt: skip
-    return type(layer), sizes, attention, number in chosen, sum(layer > number for layer in chosen)
+    windows = tuple(getattr(module, "sliding_window", None) for module in layer.modules())
+    return type(layer), sizes, windows, number in chosen, sum(layer > number for layer in chosen)
 
 
 def _ends_and_middle(run: list[nn.Module]) -> list[nn.Module]:

@@ -33,7 +33,9 @@ def alone(workers: int = 1) -> Hardware:
     return Hardware(GPUS["h100"], 1, workers, 400.0, 0.4, 0.7, context_bytes=0.0, margin_frac=0.0)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["all kept", "checkpointing"]
+)
 @pytest.mark.parametrize("shape", rows.SHAPES)
 def test_every_part_is_what_a_step_takes(tmp_path: Path, shape: str, checkpointing: bool) -> None:
     compared = rows.compare(tmp_path, shape, checkpointing)
