@@ -1,6 +1,6 @@
 """`python docs/screenshot.py SWEEP_FOLDER OUT.png`: MLflow's comparison of a sweep's trials, as a browser shows it.
 
-Serves the sweep's MLflow database on a port of its own and opens the page in headless Chromium (`apt install chromium`).
+Serves the sweep's MLflow database on a port of its own, opens the page in headless Chromium (`apt install chromium`).
 It made docs/mlflow.png.
 """
 

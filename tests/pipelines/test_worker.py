@@ -18,6 +18,7 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import IncompatibleError
+from cortex_core.eval.validation import LOSS, RECALL
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
 from pipelines import worker
 from pipelines.config import SIDECARS_FOLDER, RunConfig
@@ -195,3 +196,22 @@ def test_gradient_checkpointing_and_accumulation_learn_the_same(tmp_path: Path) 
         found.append(keeper.sidecars())
     for other in found[1:]:
         assert tiny.furthest(found[0], other) < 1e-4
+
+
+def test_validations_come_when_due_and_disturb_nothing(tmp_path: Path) -> None:
+    """After every third step, or every fifth, and the last: the same run, asked at other times."""
+    found = {}
+    for every in (3, 5):
+        (folder := tmp_path / str(every)).mkdir()
+        keeper = Keeper(folder)
+        settings = {"tasks__num_pairs": 3, "validation__gaps_tokens": [20], "validation__num_examples": 4}
+        worker.train(config(**settings, validation__every_steps=every), keeper.edge())
+        found[every] = keeper
+        said = [report for report in keeper.reports if LOSS in report]
+        assert [report["step"] for report in said] == [
+            step for step in range(1, STEPS + 1) if step % every == 0 or step == STEPS
+        ]
+        assert all(0 < report[LOSS] < 20 and 0 <= report[RECALL] <= 1 for report in said)
+    assert tiny.same(found[3].state(), found[5].state())
+    (one, other) = ([report[LOSS] for report in keeper.reports if LOSS in report][-1] for keeper in found.values())
+    assert one == other
