@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablate test lint fmt bench scoreboard ui constraints clean
+.PHONY: help setup demo ablate test test-slow lint fmt bench scoreboard ui constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ ablate: $(STAMP) ## Take parts of the demo's memory away, one at a time, and com
 
 # In two processes: the slow tests one after the other in one of them, the others file by file (tests/conftest.py). If one
 # of the two dies, the run ends. In one process: ARGS='-n 0'.
-test: $(STAMP) ## All tests, also the slow ones that start real Ray clusters (without them: ARGS='-m "not slow"')
+test: $(STAMP) ## All tests but the nightly ones, also slow ones that start real Ray clusters (without: ARGS='-m "not slow"')
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
+
+test-slow: $(STAMP) ## Every test that starts clusters, jobs and processes, nightly ones too, one after the other
+	$(BIN)/python -m pytest -n 0 -m slow $(ARGS)
 
 lint: $(STAMP) ## Formatting, lint, types, and who may import whom
 	$(BIN)/ruff format --check .

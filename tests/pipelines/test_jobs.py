@@ -21,7 +21,7 @@ from pipelines.config import RunConfig, dump_toml
 from tests import tiny
 from tests.pipelines.test_train import has_checkpoint, logged_once, state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 ROOT, RAY = Path(__file__).parents[2], [sys.executable, "-m", "ray.scripts.scripts"]
 STEPS, LIMIT_MB = 12, 12.0

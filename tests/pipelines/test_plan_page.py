@@ -80,7 +80,11 @@ def line(case: Case) -> str:
 
 
 @pytest.mark.parametrize(
-    "shape", ["llama-3.1-8b", *(pytest.param(s, marks=pytest.mark.slow) for s in ("llama-3.1-70b", "mixtral-8x7b"))]
+    "shape",
+    [
+        "llama-3.1-8b",
+        *(pytest.param(s, marks=[pytest.mark.slow, pytest.mark.nightly]) for s in ("llama-3.1-70b", "mixtral-8x7b")),
+    ],
 )
 def test_the_page_has_what_is_planned_today(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
