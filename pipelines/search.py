@@ -44,8 +44,9 @@ class Rungs(ASHAScheduler):
     """ASHA that knows what trials had reached when the sweep was interrupted: Ray Tune forgets its scheduler then."""
 
     def __init__(self, results: str, steps: int, grace: int) -> None:
+        # No rung at the last step: who is there has nothing left to be spared.
         super().__init__(
-            time_attr="step", max_t=steps, grace_period=grace, reduction_factor=REDUCTION, stop_last_trials=False
+            time_attr="step", max_t=steps - 1, grace_period=grace, reduction_factor=REDUCTION, stop_last_trials=False
         )
         self._results = results
 
@@ -128,7 +129,7 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> tune.TuneConfig:
         mode="min",
         num_samples=1 if study.search == "grid" else study.num_trials,
         search_alg=algorithm,
-        scheduler=Rungs(results, steps, grace) if plan.stop_early else FIFOScheduler(),
+        scheduler=Rungs(results, steps, grace) if plan.stop_early and grace < steps else FIFOScheduler(),
         max_concurrent_trials=concurrent if study.search == "tpe" else None,
         reuse_actors=True,
         trial_dirname_creator=_folder_name,

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 
 from pipelines.drawing import HAIRLINE, INK, MUTED, ON, PAPER, STYLE, Row, add_title, literal, panel_grid, plain_axes
 
+_ON_PAPER = {"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8}
+"""Behind a text that lines pass."""
 BINS = 3
 """Parts that a range is cut into where a table needs values."""
 
@@ -35,7 +37,7 @@ class Axis:
         if self.values is not None:
             return (self.values.index(value) + 0.5) / len(self.values)
         low, high, at = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return (at - low) / (high - low)
+        return (at - low) / (high - low) if high > low else 0.5
 
     def ticks(self) -> list[tuple[float, str]]:
         """Places and texts."""
@@ -74,12 +76,11 @@ def parallel_coordinates(result: Mapping[str, Any]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, grid = panel_grid(1, 1, panel_in=3.0, top_in=0.66, right_in=0.75, left_in=0.75)
         axes = figure.add_subplot(grid[0, 0])
-        losses = [row["loss_nats"] for row in rows]
-        low, high = (min(losses), max(losses)) if rows else (0.0, 1.0)
-        span = (high - low) or 1.0
+        losses = [row["loss_nats"] for row in rows] or [1.0]
+        scale = Axis("", {"kind": "Real", "low": min(losses), "high": max(losses), "log": min(losses) > 0})
         for place, row in reversed(list(enumerate(rows))):
             heights = [axis.place(row["sample"][axis.name]) for axis in settings]
-            heights.append(1 - (row["loss_nats"] - low) / span)  # the best end at the top
+            heights.append(1 - scale.place(row["loss_nats"]))  # the best end at the top
             best, finished = place == 0 and row["state"] == "finished", row["state"] == "finished"
             axes.plot(range(len(heights)), heights, color=ON if best else MUTED, linewidth=2.4 if best else 1.1,
                       alpha=1.0 if best else 0.75, linestyle="-" if finished else (0, (1.2, 1.6)),
@@ -88,10 +89,10 @@ def parallel_coordinates(result: Mapping[str, Any]) -> Figure:
             axes.axvline(place, color=HAIRLINE, linewidth=1.2, zorder=1)
             for height, text in axis.ticks():
                 axes.annotate(literal(text), (place, height), (-4, 0), textcoords="offset points", ha="right",
-                              va="center", fontsize=7.5, color=INK)  # fmt: skip
+                              va="center", fontsize=7.5, color=INK, bbox=_ON_PAPER)  # fmt: skip
         axes.axvline(len(settings), color=HAIRLINE, linewidth=1.2, zorder=1)
-        for height, value in ((1.0, low), (0.0, high)):
-            axes.annotate(f"{value:.3g}", (len(settings), height), (6, 0), textcoords="offset points", va="center",
+        for place, text in scale.ticks():
+            axes.annotate(text, (len(settings), 1 - place), (6, 0), textcoords="offset points", va="center",
                           fontsize=7.5, color=INK)  # fmt: skip
         names = [axis.name.rpartition(".")[2].replace("_", "\n", 1) for axis in settings] + ["validation\nloss, nats"]
         axes.set_xticks(range(len(names)), names)

@@ -143,3 +143,14 @@ def test_rungs_are_those_of_before_the_interruption(tmp_path: Path) -> None:
     assert verdict() == TrialScheduler.STOP
     record.write_text("".join(line(name, 40, loss, {}) for name, loss in (("a", 4.0), ("b", 5.0), ("c", 6.0))))
     assert verdict() == TrialScheduler.CONTINUE
+
+
+def test_nobody_is_stopped_at_the_last_step(tmp_path: Path) -> None:
+    """All that is left of such a trial is its evaluation."""
+    rungs = Rungs(str(tmp_path / RESULTS_FILE), steps=120, grace=40)
+    rungs.set_search_properties(LOSS, "min")
+    for name, loss in (("a", 0.1), ("b", 0.2), ("c", 9.0)):
+        rungs.on_trial_add(None, ATrial(name))
+        for step, at_step in ((40, 0.05), (120, loss)):
+            found = rungs.on_trial_result(None, ATrial(name), {"step": step, LOSS: at_step})  # type: ignore[arg-type]
+            assert found == TrialScheduler.CONTINUE
