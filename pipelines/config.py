@@ -64,6 +64,9 @@ class ClusterConfig(Settings):
     """Worker failures that are answered by resuming from the last checkpoint; -1 is no limit."""
     worker_start_timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
     """Seconds that the workers may take to be placed and to start; with `autoscaling` also the nodes that they need."""
+    hang_timeout_s: Annotated[float, Field(gt=0.0, le=604_800.0)] = 1800.0
+    """Seconds from one report of training to the next, with checkpoint and validation, until the worker at fault counts
+    as failed. Loading, first steps and the evaluation are not watched, nor is a run without workers."""
     storage_path: str | None = None
     """Folder or URI that every node sees, for Ray's checkpoints; None is `out_dir`, enough on one machine."""
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, LoggingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, LoggingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import RayTrainCallback
 
 from cortex_core.errors import DataError
-from cortex_core.training.checkpoint import step_of
+from cortex_core.training.checkpoint import first_whole, newest, step_of
 from pipelines import cluster, worker
 from pipelines.config import RunConfig
+from pipelines.disk import room_for, size_of
 from pipelines.progress import Refusals, run_to_end
-from pipelines.runs import LAST, Run
+from pipelines.runs import BEFORE_LAST, LAST, Run
+from pipelines.watch import Watch
 
 Job = Literal["train", "evaluate"]
+Report = Callable[[dict[str, float], Path | None], None]
 KEPT_CHECKPOINTS = 2
 
 
@@ -38,25 +42,30 @@ def launch(
     Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on
     Ctrl-C; `on_interrupt` is called before the workers are stopped, which takes seconds.
     """
-    newest = run.newest_checkpoint()
+    last = run.newest_checkpoint()
     # Ray finds its own, and removes them in time: a worker that is replaced later must not look for one that is gone.
-    without_ray = str(newest) if newest is not None and newest.name == LAST else None
+    without_ray = str(last) if last is not None and last.name in (LAST, BEFORE_LAST) else None
+    storage = config.cluster.storage_path or str(run.checkpoints)
     settings = {
         "job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None,
-        "without_ray": without_ray,
+        "without_ray": without_ray, "storage": storage,
     }  # fmt: skip
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
+    heard_by = [Refusals(), *callbacks]
+    patience_s = config.cluster.hang_timeout_s
     trainer = TorchTrainer(
         on_worker,
         train_loop_config=settings,
+        # How long a worker waits for the others: long enough that the one at fault is found first.
+        torch_config=TorchConfig(timeout_s=math.ceil(max(TorchConfig.timeout_s, 2 * patience_s))),
         scaling_config=cluster.scaling(config.cluster),
         run_config=ray.train.RunConfig(
             name=_storage_name(job, config, run),
-            storage_path=config.cluster.storage_path or str(run.checkpoints),
+            storage_path=storage,
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            callbacks=[Refusals(), *callbacks],  # type: ignore[list-item]
+            callbacks=[*heard_by, Watch(patience_s, heard_by)],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -80,29 +89,46 @@ def on_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
-        checkpoint = None if folder is None else Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint)
+        if folder is None:
+            ray.train.report(metrics)
+            return
+        with _room_in(settings["storage"], folder):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
     without_ray = Path(settings["without_ray"]) if settings["without_ray"] else None
     _do(
         settings,
-        worker.Edge(context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(without_ray)),
+        worker.Edge(
+            context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(without_ray, report)
+        ),
     )
 
 
 @contextmanager
-def _last_checkpoint(without_ray: Path | None) -> Iterator[Path | None]:
-    """Ray's own last checkpoint, or one further on that a part of the same attempt without Ray has left."""
-    checkpoint = ray.train.get_checkpoint()
-    with nullcontext() if checkpoint is None else checkpoint.as_directory() as folder:
-        known = None if folder is None else Path(folder)
-        if without_ray is None:
-            yield known
-            return
-        if not without_ray.is_dir():
-            raise DataError(f"checkpoint {without_ray}: is not seen from {socket.gethostname()}; use a shared out_dir")
-        further = known is None or (step_of(without_ray) or 0) > (step_of(known) or 0)
-        yield without_ray if further else known
+def _last_checkpoint(without_ray: Path | None, report: Report) -> Iterator[Path | None]:
+    """The last whole checkpoint that Ray has on record, or one further on that a part of the same attempt without Ray
+    has left."""
+    if without_ray is not None and not without_ray.is_dir():
+        raise DataError(f"checkpoint {without_ray}: is not seen from {socket.gethostname()}; use a shared out_dir")
+    on_record = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+    with ExitStack() as opened:  # one after the other: the first that is opened is whole, as a rule
+        rays, damaged = first_whole(
+            Path(opened.enter_context(each.checkpoint.as_directory())) for each in reversed(on_record)
+        )
+        last = newest(each for each in (rays, without_ray) if each is not None)
+        _say_damaged(damaged if last == rays else 0, last, report)
+        yield last
+
+
+def _say_damaged(damaged: int, last: Path | None, report: Report) -> None:
+    if damaged:
+        since = 0 if last is None else step_of(last) or 0
+        report({"phase": 0.0, "damaged_checkpoints": float(damaged), "resumed_step": float(since)}, None)
+
+
+def _room_in(storage: str, checkpoint: Path) -> AbstractContextManager[None]:
+    """What a URI names has no disk of this machine behind it."""
+    return nullcontext() if "://" in storage else room_for("a checkpoint", Path(storage), size_of(checkpoint))
 
 
 def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[RayTrainCallback]) -> Path:
@@ -113,14 +139,24 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Ray
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
             root.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(folder, root / "next", dirs_exist_ok=True)
-            shutil.rmtree(last, ignore_errors=True)
+            shutil.rmtree(root / "next", ignore_errors=True)
+            with _room_in(str(root), folder):
+                shutil.copytree(folder, root / "next")
+            if last.is_dir():
+                shutil.rmtree(root / BEFORE_LAST, ignore_errors=True)
+                last.rename(root / BEFORE_LAST)
             (root / "next").rename(last)
         for callback in callbacks:
             if isinstance(callback, UserCallback):
                 callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
 
-    _do(settings, worker.Edge(0, 1, report, lambda: nullcontext(run.newest_checkpoint())))
+    @contextmanager
+    def resume_from() -> Iterator[Path | None]:
+        newest_here = run.newest_checkpoint()
+        _say_damaged(run.damaged_checkpoints(), newest_here, report)
+        yield newest_here
+
+    _do(settings, worker.Edge(0, 1, report, resume_from))
     return last
 
 

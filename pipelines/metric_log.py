@@ -9,9 +9,9 @@ import socket
 import sqlite3
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class MetricLog:
     """Never raises because of MLflow. One instance per process writes a given metric.
 
     Before a metric is first sent, its last step is read back from the store: a step up to there is not sent
-    again. What cannot be sent is kept in memory and in the file `unsent`, from where the next instance takes
-    it up.
+    again. What cannot be sent is kept in memory and in the file `unsent`, from where the next instance for
+    the same run takes it up: this process may end before the store answers again.
     """
 
     def __init__(self, uri: str, run_id: str, unsent: Path) -> None:
@@ -57,11 +57,13 @@ class MetricLog:
     def write(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send all numbers among `metrics`, now or as soon as the store answers again."""
         now = time.time_ns() // 1_000_000
-        for name, value in metrics.items():
-            if (number := _number(value)) is not None:
-                self._waiting.setdefault((name, step), (number, now))
+        numbers = {(name, step): number for name, value in metrics.items() if (number := _number(value)) is not None}
+        new = {at: (number, now) for at, number in numbers.items() if at not in self._waiting}
+        self._waiting |= new
         if time.monotonic() >= self._retry_at:
             self.flush()
+        else:
+            self._keep(new, "a")
 
     def flush(self) -> int:
         """Try to send everything. Returns how many values still wait."""
@@ -75,7 +77,7 @@ class MetricLog:
             self._client = None  # a broken connection may stay broken
             self._retry_at = time.monotonic() + RETRY_S[min(self._failures, len(RETRY_S) - 1)]
             self._failures += 1
-            self._keep()
+            self._keep(self._waiting, "w")
         else:
             self._failures, self._retry_at = 0, 0.0
             self.unsent.unlink(missing_ok=True)
@@ -99,15 +101,17 @@ class MetricLog:
                 self._last[name] = max(self._last[name], step)
                 del self._waiting[name, step]
 
-    def _keep(self) -> None:
+    def _keep(self, values: Mapping[tuple[str, int], tuple[float, int]], mode: Literal["a", "w"]) -> None:
+        """Add to the file, or write it anew."""
         lines = [
-            json.dumps({"metric": name, "step": step, "value": value, "time_ms": at})
-            for (name, step), (value, at) in self._waiting.items()
+            json.dumps({"run": self._run_id, "metric": name, "step": step, "value": value, "time_ms": at}) + "\n"
+            for (name, step), (value, at) in values.items()
         ]
         try:
             self.unsent.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.unsent.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text("\n".join(lines) + "\n")
+            partial = self.unsent.with_suffix(f".{os.getpid()}.partial") if mode == "w" else self.unsent
+            with partial.open(mode) as file:
+                file.write("".join(lines))
             partial.replace(self.unsent)
         except OSError as error:  # nor may a full disk stop the training here
             logging.getLogger(__name__).debug("metrics could not be kept: %s", error)
@@ -116,11 +120,13 @@ class MetricLog:
         if self._read_unsent:
             return
         self._read_unsent = True
-        try:
-            rows = [json.loads(line) for line in self.unsent.read_text().splitlines()]
-            before = {(row["metric"], row["step"]): (row["value"], row["time_ms"]) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+        before: dict[tuple[str, int], tuple[float, int]] = {}
+        with suppress(OSError, UnicodeDecodeError):
+            for line in self.unsent.read_text().splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # cut short when a process ended, or the disk was full
+                    row = json.loads(line)
+                    if row["run"] == self._run_id:
+                        before[row["metric"], row["step"]] = row["value"], row["time_ms"]
         self._waiting = before | self._waiting
 
 

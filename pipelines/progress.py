@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 from ray.train import Checkpoint, ControllerError, Result, UserCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
@@ -141,6 +142,8 @@ class Progress:
             self._begin("starting the workers again")
         if "phase" in report:
             self._begin(PHASES[int(report["phase"])])
+        if damaged := int(report.get("damaged_checkpoints", 0)):
+            self._say(_passed_over(damaged, int(report["resumed_step"])))
         if "evaluated_frac" in report:
             self._draw(report["evaluated_frac"], 1.0, "")
         elif "step" in report and self._phase == PHASES[1]:
@@ -219,6 +222,11 @@ SHOWN: dict[str, Callable[[float], str]] = {
 """Metrics that the line shows, in this order."""
 
 
+def _passed_over(damaged: int, step: int) -> str:
+    what = "the newest checkpoint is" if damaged == 1 else f"the newest {damaged} checkpoints are"
+    return f"{what} damaged: going on from {f'the one before, of step {step}' if step else 'the start'}"
+
+
 def _thousands(rate: float) -> str:
     return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"
 
@@ -231,4 +239,6 @@ def _duration(seconds: float) -> str:
 
 def _last_line(error: Exception) -> str:
     """Of an error with its worker's traceback in it, the part that says what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # Ray's word for a worker that did not answer for ten minutes ends with advice about a variable.
+    return lines[0 if isinstance(error, WorkerHealthCheckTimeoutError) else -1][:200]

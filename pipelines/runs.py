@@ -16,8 +16,8 @@ from cortex_core.training import checkpoint
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, dump_toml, load_config
 
 STATE_FILE, LOCK_FILE = "run.json", ".lock"
-LAST = "last"
-"""Folder of the last checkpoint of a run without Ray, in the attempt's folder."""
+LAST, BEFORE_LAST = "last", "before-last"
+"""Folders of the last two checkpoints of a run without Ray, in the attempt's folder."""
 RAY_RECORD = "checkpoint_manager_snapshot.json"
 State = Literal["RUNNING", "FINISHED", "KILLED"]
 FREE = frozenset({"cluster", "sharding", "tracking", "evaluation", "out_dir"})
@@ -54,12 +54,21 @@ class Run:
 
         Of Ray's only those that its controller has on record: what it has not seen is not in MLflow either.
         """
+        return self._newest()[0]
+
+    def damaged_checkpoints(self) -> int:
+        """How many later ones than `newest_checkpoint` are not whole."""
+        return self._newest()[1]
+
+    def _newest(self) -> tuple[Path | None, int]:
         storage = self.checkpoints / self.storage_name
+        rays = []
         with suppress(OSError, ValueError, KeyError, TypeError):
             on_record = json.loads((storage / RAY_RECORD).read_text())["checkpoint_results"]
-            ours = [storage / each["checkpoint_dir_name"] for each in on_record]
-            return checkpoint.newest([storage / LAST, *ours])
-        return checkpoint.newest([storage / LAST])
+            rays = [storage / each["checkpoint_dir_name"] for each in reversed(on_record)]
+        found = [checkpoint.first_whole(row) for row in ([storage / LAST, storage / BEFORE_LAST], rays)]
+        newest = checkpoint.newest(folder for folder, _ in found if folder is not None)
+        return newest, sum(damaged for folder, damaged in found if folder == newest)
 
     def publish_config(self) -> None:
         """What the folder holds was made with this attempt's configuration."""

@@ -29,6 +29,7 @@ from cortex_core.training.calibrate import calibrate
 from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import ReadingLoss
 from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.disk import room_for
 from pipelines.sharding import Shards, load_backbone, replicate
 
 EVALUATION = "evaluation.json"
@@ -192,6 +193,11 @@ def _save(
     folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None = None
 ) -> Path:
     """What a checkpoint holds: training state, sidecars as users load them, the evaluation if there is one."""
+    with room_for("a checkpoint that is being written", folder):
+        return _write(folder, learner, config, backbone, document)
+
+
+def _write(folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None) -> Path:
     checkpoint.save(folder, learner)
     weights = {
         name.removeprefix("average."): value

@@ -44,6 +44,16 @@ def newest(folders: Iterable[Path]) -> Path | None:
     return max(found)[1] if found else None
 
 
+def first_whole(folders: Iterable[Path]) -> tuple[Path | None, int]:
+    """The first whole checkpoint of a row, the newest first, and how many that are not whole come before it."""
+    damaged = 0
+    for folder in folders:
+        if step_of(folder) is not None:
+            return folder, damaged
+        damaged += folder.is_dir()
+    return None, damaged
+
+
 def load(folder: Path, learner: Learner) -> None:
     """Continue from `save`. Raises DataError for a checkpoint that is not whole or of another configuration."""
     try:

@@ -40,6 +40,12 @@ def store(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Store:
     return Store(tmp_path)
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not answer is given up at once, and not tried again soon."""
+    monkeypatch.setattr(metric_log, "ANSWER_TIMEOUT_S", 0.05)
+
+
 def test_a_step_is_written_once_whoever_repeats_it(store: Store) -> None:
     log = store.log()
     for step in (1, 2, 3, 2, 3, 4):
@@ -81,11 +87,34 @@ def test_the_next_one_sends_what_was_left(store: Store, locked: Lock) -> None:
     assert store.steps() == [(5, 5.0)] and not store.unsent.exists()
 
 
-def test_a_damaged_file_of_leftovers_is_passed_over(store: Store) -> None:
-    store.unsent.write_text('{"metric": "loss", "st')
+@pytest.mark.usefixtures("brief")
+def test_a_process_that_ends_before_the_store_is_back_loses_nothing(store: Store, locked: Lock) -> None:
+    """Ray Train's controller is gone when training ends, and what it had in memory with it."""
+    log = store.log()
+    with locked(store.uri):
+        for step in (1, 2, 3, 3):  # tried once; then the log waits before it tries again
+            log.write({"loss": step}, step)
+    del log
+    assert store.log().flush() == 0
+    assert store.steps() == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_run_does_not_take_up_what_another_has_left(store: Store, locked: Lock) -> None:
+    other = MetricLog(store.uri, store.client.create_run("0").info.run_id, store.unsent)
+    with locked(store.uri):
+        other.write({"loss": 9.0}, 9)
     log = store.log()
     log.write({"loss": 1.0}, 1)
     assert store.steps() == [(1, 1.0)]
+
+
+def test_damaged_lines_of_leftovers_are_passed_over(store: Store) -> None:
+    whole = {"run": store.run_id, "metric": "accuracy", "step": 1, "value": 0.5, "time_ms": 1}
+    store.unsent.write_text(f'{json.dumps(whole)}\n{{"metric": "loss", "st')
+    log = store.log()
+    log.write({"loss": 1.0}, 1)
+    assert store.steps() == [(1, 1.0)] and store.steps("accuracy") == [(1, 0.5)]
 
 
 def test_the_caller_does_not_wait_each_time(store: Store, locked: Lock, monkeypatch: pytest.MonkeyPatch) -> None:

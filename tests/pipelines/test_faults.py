@@ -1,0 +1,263 @@
+"""Faults that a cluster has, brought about for real: after each, what was learned is what an undisturbed run learns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from cortex_core.errors import DataError
+from cortex_core.training.checkpoint import TENSORS
+from pipelines import train
+from pipelines.config import ClusterConfig, RunConfig, dump_toml
+from pipelines.runs import Run
+from pipelines.tracking import UNSENT_FILE
+from tests import tiny
+from tests.pipelines.test_train import (
+    LONG,
+    ROOT,
+    TWO,
+    has_checkpoint,
+    in_mlflow,
+    logged_once,
+    once,
+    recorded,
+    sidecars,
+    state,
+    steps_of,
+    train_workers,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    # mlflow, of pandas, while it logs a table
+    pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig
+) -> RunConfig:
+    """Two workers that nothing happens to. Do not change its folder."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    mlflow_database(out)
+    config = tiny.run_config(out, **TWO)
+    assert train.run(config) == 0
+    return config
+
+
+@pytest.fixture
+def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: ClusterConfig) -> RunConfig:
+    """The same run, not yet started. Its checkpoints lie where several nodes would see them."""
+    mlflow_database(tmp_path)
+    return tiny.run_config(tmp_path, **TWO, cluster__storage_path=str(tmp_path / "shared"))
+
+
+def losses(config: RunConfig) -> dict[int, float]:
+    """Of every step, as MLflow has them."""
+    (run,) = in_mlflow(config)
+    history = MlflowClient(tracking_uri=config.tracking_uri).get_metric_history(run.info.run_id, "loss")
+    return {point.step: point.value for point in history}
+
+
+def as_if_undisturbed(config: RunConfig, undisturbed: RunConfig) -> None:
+    """Every step has read the same sequences with the same weights, once, and has been logged once."""
+    logged_once(config, LONG)
+    assert losses(config) == losses(undisturbed)
+    assert tiny.same(sidecars(config), sidecars(undisturbed))
+
+
+def cut_newest(config: RunConfig) -> None:
+    """Half of the newest checkpoint is all that came to the disk."""
+    newest = max(recorded(config) or on_this_machine(config))
+    with (newest / TENSORS).open("r+b") as file:
+        file.truncate((newest / TENSORS).stat().st_size // 2)
+
+
+def on_this_machine(config: RunConfig) -> set[Path]:
+    """Checkpoints that Ray has on record in the run's own folder."""
+    said = next((config.run_dir / "checkpoints").glob("attempt-*/checkpoint_manager_snapshot.json"))
+    return {folder for folder in said.parent.glob("checkpoint_2*") if folder.name in said.read_text()}
+
+
+class Command:
+    """`cortex train` in a process of its own."""
+
+    def __init__(self, config: RunConfig, **variables: str) -> None:
+        self.file, self.said = Path(config.out_dir) / "mine.toml", Path(config.out_dir) / "said"
+        self.file.write_text(dump_toml(config))
+        with self.said.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipelines.train", str(self.file)], cwd=ROOT, env=os.environ | variables,
+                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_until(self, ready: Callable[[], bool], within_s: float = 240.0) -> None:
+        deadline = time.monotonic() + within_s
+        while not ready():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.05)
+
+    def kill(self) -> list[psutil.Process]:
+        """Nothing of it is told beforehand. Returns the processes that it had started."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        return children
+
+    def end(self) -> str:
+        """What it has said, when it has ended well."""
+        assert self.process.wait(timeout=240) == 0, self.said.read_text()
+        return self.said.read_text()
+
+
+def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], undisturbed: RunConfig
+) -> None:
+    """As when a machine loses power: the newest checkpoint is half on the disk, so it is the one before."""
+    mlflow_database(tmp_path)
+    config = tiny.run_config(tmp_path, **TWO)
+    first = Command(config)
+    try:
+        first.wait_until(lambda: has_checkpoint(config) and len(on_this_machine(config)) > 1)
+    finally:
+        orphans = first.kill()
+    assert len(orphans) > 5 and state(config)["state"] == "KILLED"
+    cut_newest(config)
+    newest = Run(config.run_dir, 0, "KILLED").newest_checkpoint()
+    assert newest is not None and newest in on_this_machine(config) and newest != max(on_this_machine(config))
+    second = Command(config)
+    try:
+        said = second.end()
+    finally:
+        second.process.kill()
+    resumed = re.match(r"Resuming tiny in .*, from step (\d+)\n", said)
+    assert resumed is not None and 0 < int(resumed[1]) < LONG
+    assert f"the newest checkpoint is damaged: going on from the one before, of step {resumed[1]}\n" in said
+    as_if_undisturbed(config, undisturbed)
+    # Ray's agents look once a minute whether the process that they serve is there.
+    assert psutil.wait_procs(orphans, timeout=150)[1] == []
+
+
+def test_a_worker_that_hangs_is_named_and_replaced(
+    two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impatient = two.cluster.model_copy(update={"hang_timeout_s": 4.0})
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.extend(train_workers()[-1:])
+        stopped[0].suspend()
+
+    with once(lambda: has_checkpoint(two) and bool(train_workers()), stop):
+        assert train.run(two.model_copy(update={"cluster": impatient})) == 0
+    said = capsys.readouterr().out
+    place = rf"does not answer on \S+ \(\S+, process {stopped[0].pid}\): no step for 4 s \(cluster\.hang_timeout_s\)"
+    assert re.search(rf"^worker [01] failed: {place}\nstarting the workers again$", said, re.MULTILINE), said
+    assert said.count(" failed: ") == 1
+    assert psutil.wait_procs(stopped, timeout=30)[1] == []
+    as_if_undisturbed(two, undisturbed)
+
+
+def test_what_only_watches_may_fail(
+    two: RunConfig, undisturbed: RunConfig, locked: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The progress mailbox dies, and MLflow cannot be written for a while: what it misses is sent later."""
+    killed: list[psutil.Process] = []
+    kept: list[bool] = []
+
+    def fail() -> None:
+        killed.extend(p for p in psutil.Process().children(recursive=True) if "ray::Mailbox" in " ".join(p.cmdline()))
+        for process in killed:
+            process.kill()
+        with locked(two.tracking_uri):
+            deadline = time.monotonic() + 60
+            while not (two.run_dir / UNSENT_FILE).exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            kept.append((two.run_dir / UNSENT_FILE).exists())
+
+    with once(lambda: has_checkpoint(two), fail):
+        assert train.run(two) == 0
+    assert killed and kept == [True]
+    assert "did not reach MLflow" not in capsys.readouterr().out and not (two.run_dir / UNSENT_FILE).exists()
+    as_if_undisturbed(two, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of three megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(
+    two: RunConfig, small_disk: Path, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a checkpoint of which half is lost afterwards, on storage that is not the driver's."""
+    cluster = two.cluster.model_copy(update={"storage_path": str(small_disk)})
+    two, other = two.model_copy(update={"cluster": cluster}), small_disk / "other"
+
+    def fill() -> None:
+        with other.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    full = lambda: has_checkpoint(two) and len(recorded(two)) > 1  # noqa: E731
+    with once(full, fill), pytest.raises(DataError) as error:
+        train.run(two)
+    line = str(error.value)
+    assert re.match(
+        rf"{small_disk}: no space left for a checkpoint \(it takes 1\.\d MB .*, 0\.0 MB is free\)\. Make room", line
+    ), line
+    assert "\n" not in line and "starting the workers again" not in capsys.readouterr().out
+    (run,) = in_mlflow(two)
+    assert run.info.status == "FAILED" and steps_of(two, run) == list(range(1, len(steps_of(two, run)) + 1))
+    other.unlink()
+    cut_newest(two)
+    assert train.run(two) == 0
+    assert "the newest checkpoint is damaged: going on from the one before, of step " in capsys.readouterr().out
+    as_if_undisturbed(two, undisturbed)
+
+
+def test_any_number_of_workers_goes_on_where_another_has_stopped(two: RunConfig, undisturbed: RunConfig) -> None:
+    """Two, one, four: the curve has no edge, because the data are the same and so are the weights."""
+    last = 0
+    for workers in (2, 1, 4):
+        cluster = two.cluster.model_copy(update={"num_workers": workers, "cpus_per_worker": 0.25})
+        part = two.model_copy(update={"cluster": cluster})
+        if workers == 4:
+            assert train.run(part) == 0
+            break
+        before = recorded(part) if last else set()
+        with once(
+            lambda before=before, part=part: has_checkpoint(part) and bool(recorded(part) - before),
+            lambda: os.kill(os.getpid(), signal.SIGINT),
+        ), pytest.raises(KeyboardInterrupt):  # fmt: skip
+            train.run(part)
+        (run,) = in_mlflow(two)
+        steps = steps_of(two, run)
+        assert last < len(steps) < LONG and steps == list(range(1, len(steps) + 1))
+        last = len(steps)
+    logged_once(two, LONG)
+    expected = losses(undisturbed)
+    assert losses(two) == pytest.approx(expected, abs=1e-4)
+    assert tiny.furthest(sidecars(two), sidecars(undisturbed)) < 1e-4
