@@ -129,7 +129,8 @@ def _train_steps(
         last = done == training.steps
         due, validated = last or done % training.checkpoint_every_steps == 0, every and (last or done % every == 0)
         if due or validated or done % training.report_every_steps == 0:
-            metrics = {"step": done, "done_frac": sum(tokens[:done]) / sum(tokens), **window.means()}
+            means = _mean(edge.gather(window.means()))
+            metrics = {"step": done, "done_frac": sum(tokens[:done]) / sum(tokens), **means}
             if validation is not None and validated:
                 with learner.averaged():
                     metrics |= validation.run(learner.model)
@@ -160,6 +161,11 @@ class _Window:
         means |= {"throughput/tokens_per_s": self.tokens / seconds, "throughput/steps_per_s": self.steps / seconds}
         self.__init__()
         return means
+
+
+def _mean(everyone: list[dict[str, float]]) -> dict[str, float]:
+    """Over workers, who have read equal parts of each batch: what is reported does not depend on their number."""
+    return {name: sum(each[name] for each in everyone) / len(everyone) for name in everyone[0]}
 
 
 def _batches(config: RunConfig, vocabulary: TaskVocabulary, corpus: Corpus) -> BatchSource:

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -215,17 +215,27 @@ def run_config(out_dir: Path, **overrides: object) -> RunConfig:
 
 
 @contextmanager
-def interrupted_in(step: int) -> Iterator[None]:
-    """Ctrl-C in the middle of an optimizer step: when the weights have changed, and the average has not."""
+def at_update(step: int, then: Callable[[], None]) -> Iterator[None]:
+    """Within the block: `then` in the middle of an optimizer step, when the weights have changed, and the average has not."""
     numbers = itertools.count(1)
 
     def after_update(*_: object) -> None:
         if next(numbers) == step:
-            raise KeyboardInterrupt
+            then()
 
     handle = register_optimizer_step_post_hook(after_update)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
+        yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def interrupted_in(step: int) -> Iterator[None]:
+    """Ctrl-C in the middle of an optimizer step."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), at_update(step, interrupt):
+        yield

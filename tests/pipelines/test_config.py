@@ -275,6 +275,7 @@ VALUES = {
     "cluster.address": st.none() | TEXT,
     "sharding.deepspeed": st.none() | TEXT,
     "cluster.worker_start_timeout_s": st.floats(0, exclude_min=True, allow_infinity=False),
+    "cluster.hang_timeout_s": st.floats(0, 604_800, exclude_min=True),
     "tracking.uri": st.none() | TEXT,
     "tracking.experiment": TEXT,
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
 
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import TENSORS
@@ -56,6 +60,14 @@ def undisturbed(
     config = tiny.run_config(out, **TWO)
     assert train.run(config) == 0
     return config
+
+
+@pytest.fixture(scope="module")
+def orphans() -> Iterator[list[psutil.Process]]:
+    """To be gone when the tests here have ended: Ray's agents look once a minute whether what they serve is there."""
+    left: list[psutil.Process] = []
+    yield left
+    assert psutil.wait_procs(left, timeout=150)[1] == []
 
 
 @pytest.fixture
@@ -124,7 +136,7 @@ class Command:
 
 
 def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
-    tmp_path: Path, mlflow_database: Callable[[Path], None], undisturbed: RunConfig
+    tmp_path: Path, mlflow_database: Callable[[Path], None], undisturbed: RunConfig, orphans: list[psutil.Process]
 ) -> None:
     """As when a machine loses power: the newest checkpoint is half on the disk, so it is the one before."""
     mlflow_database(tmp_path)
@@ -132,9 +144,11 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
     first = Command(config)
     try:
         first.wait_until(lambda: has_checkpoint(config) and len(on_this_machine(config)) > 1)
+        working = train_workers(first.process.pid)
     finally:
-        orphans = first.kill()
-    assert len(orphans) > 5 and state(config)["state"] == "KILLED"
+        orphans += first.kill()
+    assert len(orphans) > 5 and len(working) == 2 and state(config)["state"] == "KILLED"
+    assert psutil.wait_procs(working, timeout=30)[1] == []  # two seconds: until then they go on
     cut_newest(config)
     newest = Run(config.run_dir, 0, "KILLED").newest_checkpoint()
     assert newest is not None and newest in on_this_machine(config) and newest != max(on_this_machine(config))
@@ -147,8 +161,52 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
     assert resumed is not None and 0 < int(resumed[1]) < LONG
     assert f"the newest checkpoint is damaged: going on from the one before, of step {resumed[1]}\n" in said
     as_if_undisturbed(config, undisturbed)
-    # Ray's agents look once a minute whether the process that they serve is there.
-    assert psutil.wait_procs(orphans, timeout=150)[1] == []
+
+
+def hosts(node: Node, what: str) -> list[psutil.Process]:
+    """Processes of a node's that do a part of the run."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [p for p in raylet.children() if what in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def cluster_of_three(ray_here: ClusterConfig) -> Iterator[Cluster]:
+    """A head without CPUs, and three nodes of one CPU each; all on this machine, and asking for the session's token."""
+    small = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=1, **small)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], cluster_of_three: Cluster, undisturbed: RunConfig
+) -> None:
+    mlflow_database(tmp_path)
+    nodes = cluster_of_three
+    there = TWO | {"cluster__address": nodes.address, "cluster__cpus_per_worker": 1.0}
+    config = tiny.run_config(tmp_path, **there)
+    driver = Command(config)
+    try:
+        driver.wait_until(lambda: has_checkpoint(config))
+        (mailbox,) = hosts(nodes.head_node, "ray::Mailbox")
+        working = [node for node in nodes.worker_nodes if hosts(node, "RayTrainWorker")]
+        lost = next(node for node in working if not hosts(node, "TrainController"))
+        (spare,) = set(nodes.worker_nodes) - set(working)
+        nodes.remove_node(lost, allow_graceful=False)
+        driver.wait_until(lambda: bool(hosts(spare, "RayTrainWorker")))
+        assert mailbox.is_running(), "the progress went with the node"
+        said = driver.end()
+    finally:
+        driver.process.kill()
+    assert len(working) == 2
+    assert re.search(
+        r"^worker [01] failed: .*\nstarting the workers again\n(.*\n)*training  step 12/12 ", said, re.MULTILINE
+    ), said
+    as_if_undisturbed(config, undisturbed)
 
 
 def test_a_worker_that_hangs_is_named_and_replaced(
@@ -193,6 +251,57 @@ def test_what_only_watches_may_fail(
     assert killed and kept == [True]
     assert "did not reach MLflow" not in capsys.readouterr().out and not (two.run_dir / UNSENT_FILE).exists()
     as_if_undisturbed(two, undisturbed)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def tracking_server(database: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """An MLflow server on a SQLite database: its address, and what kills it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", database]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = psutil.Popen(command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def kill() -> None:
+        for process in [*server.children(recursive=True), server]:
+            process.kill()
+            process.wait()
+
+    try:
+        deadline = time.monotonic() + 120
+        while not listens(port):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", kill
+    finally:
+        if server.is_running():
+            kill()
+
+
+def test_an_mlflow_server_that_goes_away_for_good_is_told_at_the_end(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also told is where the metrics are that it did not take. The run, without Ray, is whole."""
+    mlflow_database(tmp_path)
+    config = tiny.run_config(tmp_path)
+    with tracking_server(config.tracking_uri) as (uri, kill), tiny.at_update(4, kill):
+        away = tiny.run_config(tmp_path, tracking__uri=uri)
+        assert train.run(away) == 0
+    said = capsys.readouterr().out
+    unsent = away.run_dir / UNSENT_FILE
+    assert re.search(rf"^\d+ metric values did not reach MLflow at {uri}: kept in {unsent}$", said, re.MULTILINE), said
+    kept = [json.loads(row) for row in unsent.read_text().splitlines()]
+    assert [row["step"] for row in kept if row["metric"] == "loss"] == [4, 5, 6]
+    assert (away.run_dir / "report.html").is_file() and state(away)["state"] == "FINISHED"
+    (run,) = in_mlflow(config)  # what the server has written
+    assert steps_of(config, run) == [1, 2, 3] and run.info.status == "RUNNING"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 import ray
 from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from rich.console import Console
 
 from pipelines import cluster, progress
@@ -71,6 +72,33 @@ def test_without_a_terminal_there_are_plain_lines(clock: Clock) -> None:
         "training  step 100/600  loss 2.500  accuracy 25.0%  12.3k tokens/s  3:20 left",
     ]
     assert "\r" not in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damaged", "step", "said"),
+    [
+        (1, 4, "the newest checkpoint is damaged: going on from the one before, of step 4"),
+        (2, 4, "the newest 2 checkpoints are damaged: going on from the one before, of step 4"),
+        (1, 0, "the newest checkpoint is damaged: going on from the start"),
+    ],
+)
+def test_damaged_checkpoints_are_told(damaged: int, step: int, said: str) -> None:
+    shown, out = _plain()
+    shown.show({"phase": 0.0, "damaged_checkpoints": float(damaged), "resumed_step": float(step)})
+    assert out.getvalue().splitlines() == ["loading the backbone", said]
+
+
+def test_of_a_worker_that_does_not_answer_the_line_that_says_so_is_shown() -> None:
+    shown, out = _plain()
+    mailbox = Mailbox()
+    error = WorkerHealthCheckTimeoutError(
+        "A worker health check has been hanging for 600.00 seconds.\nWorker info: long"
+    )
+    ProgressCallback(mailbox).after_exception(None, {1: error})
+    shown.show(mailbox.after(0)[0][1])
+    assert (
+        out.getvalue().splitlines()[0] == "worker 1 failed: A worker health check has been hanging for 600.00 seconds."
+    )
 
 
 def test_the_last_step_is_always_shown(clock: Clock) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cortex_core.errors import ConfigError, DataError
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, load_config
-from pipelines.runs import LAST, RAY_RECORD, STATE_FILE, Run, locked, open_run
+from pipelines.runs import BEFORE_LAST, LAST, RAY_RECORD, STATE_FILE, Run, locked, open_run
 
 
 def config(folder: Path, **overrides: object) -> RunConfig:
@@ -145,8 +145,22 @@ def test_the_newest_checkpoint_is_the_whole_one_with_the_most_steps(tmp_path: Pa
     data = (storage / "checkpoint_100" / TENSORS).read_bytes()
     (storage / "checkpoint_100" / TENSORS).write_bytes(data[:-1])
     assert run.newest_checkpoint() == storage / "checkpoint_50"
+    assert run.damaged_checkpoints() == 1
     (storage / "checkpoint_50" / COUNTERS).unlink()
-    assert run.newest_checkpoint() is None
+    assert run.newest_checkpoint() is None and run.damaged_checkpoints() == 2
+
+
+def test_of_a_run_without_ray_the_checkpoint_before_the_last_one_counts_too(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    storage = run.checkpoints / run.storage_name
+    for name, step in ((BEFORE_LAST, 120), (LAST, 140)):
+        shutil.copytree(storage / "checkpoint_100", storage / name)
+        (storage / name / COUNTERS).write_text(json.dumps({"step": step}))
+    assert run.newest_checkpoint() == storage / LAST and run.damaged_checkpoints() == 0
+    (storage / LAST / COUNTERS).write_text('{"step": 1')
+    assert run.newest_checkpoint() == storage / BEFORE_LAST and run.damaged_checkpoints() == 1
+    shutil.rmtree(storage / LAST)
+    assert run.newest_checkpoint() == storage / BEFORE_LAST and run.damaged_checkpoints() == 0
 
 
 def test_a_run_has_one_process_at_a_time(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,9 +30,10 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import ConfigError, DataError
-from pipelines import train
+from cortex_core.training.checkpoint import TENSORS
+from pipelines import cli, train
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, dump_toml, load_config
-from pipelines.runs import LOCK_FILE, STATE_FILE
+from pipelines.runs import LAST, LOCK_FILE, STATE_FILE
 from tests import tiny
 
 # mlflow, of pandas, while it logs a table.
@@ -178,6 +180,44 @@ def test_a_run_can_be_interrupted_more_than_once(finished: RunConfig, fresh: Run
     logged_once(fresh)
 
 
+def test_a_checkpoint_of_which_half_is_lost_is_passed_over(
+    finished: RunConfig, fresh: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tiny.interrupted_in(5):
+        train.run(fresh)
+    with (fresh.run_dir / "checkpoints" / "attempt-000" / LAST / TENSORS).open("r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size // 2)
+    capsys.readouterr()
+    assert train.run(fresh) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(", from step 2")
+    assert "the newest checkpoint is damaged: going on from the one before, of step 2" in said
+    assert tiny.same(sidecars(fresh), sidecars(finished))
+    logged_once(fresh)
+
+
+def test_without_mlflow_nothing_begins_and_then_it_can(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    config = tiny.run_config(tmp_path)
+    (tmp_path / "mine.toml").write_text(dump_toml(config))
+    began = time.monotonic()
+    assert cli.main(["train", str(tmp_path / "mine.toml"), f"tracking.uri={uri}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith(f"cortex: tracking.uri = {uri}: MLflow cannot be used there (")
+        and time.monotonic() - began < 30
+    )
+    left = {str(path.relative_to(config.run_dir)) for path in config.run_dir.rglob("*") if path.is_file()}
+    assert left == {LOCK_FILE, STATE_FILE, CONFIG_FILE, "checkpoints/attempt-000.toml"}
+    mlflow_database(tmp_path)
+    assert train.run(config) == 0
+    logged_once(config)
+
+
 def test_an_interrupted_run_is_not_resumed_with_other_settings(fresh: RunConfig) -> None:
     with tiny.interrupted_in(3):
         train.run(fresh)
@@ -288,10 +328,10 @@ def once(ready: Callable[[], bool], then: Callable[[], None], within_s: float = 
         thread.join()
 
 
-def train_workers() -> list[psutil.Process]:
-    """Processes of Ray Train's workers below this one."""
+def train_workers(driver: int | None = None) -> list[psutil.Process]:
+    """Processes of Ray Train's workers below a driver, by default this process."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(driver).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or is not yet buried
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)
