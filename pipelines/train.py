@@ -18,6 +18,7 @@ from rich.console import Console
 from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, tracking
 from pipelines.config import SIDECARS_FOLDER, RunConfig, located
+from pipelines.disk import room_for
 from pipelines.launch import launch
 from pipelines.progress import Progress
 from pipelines.report import print_summary, write_report
@@ -60,8 +61,9 @@ def work(
                 callbacks = [tracked.callback(), progress.callback()]
                 finished = launch(job, config, record, callbacks, sidecars, tracked.interrupted)
             progress.phase("writing the report")
-            document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
-            record.publish_config()
+            with room_for("the results of the run", config.run_dir):
+                document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
+                record.publish_config()
     record.update(state="FINISHED")
     return document, tracked
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from pyarrow.fs import copy_files
+from safetensors.torch import save_file
 
 from cortex_core.errors import DataError
 from pipelines import disk
@@ -40,6 +45,30 @@ def test_what_the_system_says_later_is_said_in_the_same_way(tmp_path: Path, erro
          room_for("it", tmp_path):  # fmt: skip
         raise error
     assert "\n" not in str(said.value) and said.value.__cause__ is error
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 kilobytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_full_says_so_through_those_who_write_checkpoints(full_disk: Path, tmp_path: Path) -> None:
+    big = torch.zeros(100_000)
+    with pytest.raises(DataError, match="no space left for it"), room_for("it", full_disk):
+        save_file({"weights": big}, full_disk / "x.safetensors")
+    (full_disk / "x.safetensors").unlink(missing_ok=True)
+    for folder in (tmp_path / "from", full_disk / "to"):
+        folder.mkdir()
+    save_file({"weights": big}, tmp_path / "from" / "x.safetensors")
+    with pytest.raises(DataError, match="no space left for it"), room_for("it", full_disk):
+        copy_files(str(tmp_path / "from"), str(full_disk / "to"))  # as Ray Train does
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

@@ -348,11 +348,12 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(
 
 
 def test_any_number_of_workers_goes_on_where_another_has_stopped(two: RunConfig, undisturbed: RunConfig) -> None:
-    """Two, one, four: the curve has no edge, because the data are the same and so are the weights."""
+    """Two, one that has no shards, four: the curve has no edge, because data and weights are the same in all of them."""
     last = 0
     for workers in (2, 1, 4):
         cluster = two.cluster.model_copy(update={"num_workers": workers, "cpus_per_worker": 0.25})
-        part = two.model_copy(update={"cluster": cluster})
+        sharding = two.sharding.model_copy(update={"stage": 0 if workers == 1 else 3})
+        part = two.model_copy(update={"cluster": cluster, "sharding": sharding})
         if workers == 4:
             assert train.run(part) == 0
             break

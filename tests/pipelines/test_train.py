@@ -351,24 +351,6 @@ def test_two_workers_learn_what_one_process_learns(two: RunConfig, reference: di
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_workers(
-    two: RunConfig, shared: Path, reference: dict[str, Tensor]
-) -> None:
-    """And without shards: a checkpoint knows of neither."""
-    ctrl_c = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    with once(lambda: has_checkpoint(two), ctrl_c), pytest.raises(KeyboardInterrupt):
-        train.run(two)
-    (run,) = in_mlflow(two)
-    before = steps_of(two, run)
-    assert run.info.status == "KILLED" and 0 < len(before) < LONG
-    alone = TWO | {"cluster__num_workers": 1, "sharding__stage": 0, "cluster__storage_path": str(shared)}
-    one = tiny.run_config(two.run_dir.parent, **alone)
-    assert train.run(one) == 0
-    assert tiny.furthest(sidecars(one), reference) < 1e-4
-    logged_once(one, LONG)
-
-
-@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced(
     two: RunConfig, reference: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
