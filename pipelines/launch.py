@@ -53,19 +53,19 @@ def launch(
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
     heard_by = [Refusals(), *callbacks]
-    patience_s = config.cluster.hang_timeout_s
+    watch = Watch(config.cluster.hang_timeout_s, [each for each in heard_by if isinstance(each, UserCallback)])
     trainer = TorchTrainer(
         on_worker,
         train_loop_config=settings,
         # How long a worker waits for the others: long enough that the one at fault is found first.
-        torch_config=TorchConfig(timeout_s=math.ceil(max(TorchConfig.timeout_s, 2 * patience_s))),
+        torch_config=TorchConfig(timeout_s=math.ceil(max(TorchConfig.timeout_s, 2 * config.cluster.hang_timeout_s))),
         scaling_config=cluster.scaling(config.cluster),
         run_config=ray.train.RunConfig(
             name=_storage_name(job, config, run),
             storage_path=storage,
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            callbacks=[*heard_by, Watch(patience_s, heard_by)],  # type: ignore[list-item]
+            callbacks=[*heard_by, watch],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -116,14 +116,14 @@ def _last_checkpoint(without_ray: Path | None, report: Report) -> Iterator[Path 
             Path(opened.enter_context(each.checkpoint.as_directory())) for each in reversed(on_record)
         )
         last = newest(each for each in (rays, without_ray) if each is not None)
-        _say_damaged(damaged if last == rays else 0, last, report)
+        if on_record:  # on every worker, whatever it finds: all have to report equally often
+            _say_damaged(damaged if last == rays else 0, last, report)
         yield last
 
 
 def _say_damaged(damaged: int, last: Path | None, report: Report) -> None:
-    if damaged:
-        since = 0 if last is None else step_of(last) or 0
-        report({"phase": 0.0, "damaged_checkpoints": float(damaged), "resumed_step": float(since)}, None)
+    since = 0 if last is None else step_of(last) or 0
+    report({"phase": 0.0, "damaged_checkpoints": float(damaged), "resumed_step": float(since)}, None)
 
 
 def _room_in(storage: str, checkpoint: Path) -> AbstractContextManager[None]:
@@ -153,7 +153,8 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Ray
     @contextmanager
     def resume_from() -> Iterator[Path | None]:
         newest_here = run.newest_checkpoint()
-        _say_damaged(run.damaged_checkpoints(), newest_here, report)
+        if damaged := run.damaged_checkpoints():
+            _say_damaged(damaged, newest_here, report)
         yield newest_here
 
     _do(settings, worker.Edge(0, 1, report, resume_from))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
 
@@ -59,7 +59,7 @@ class Watch(ReportCallback, WorkerGroupCallback):
         if worker_group_status.errors or self._since is None or time.monotonic() - self._since <= self._timeout_s:
             return
         self._since = None
-        positions = [_ask(worker) for worker in self._workers]
+        positions = _ask(self._workers)
         for rank in at_fault(positions):
             error = TimeoutError(self._describe(rank, positions))
             worker_group_status.worker_statuses[rank].error = error
@@ -91,8 +91,15 @@ def here() -> Position:
     return Position(0 if group is None else group._get_sequence_number_for_group(), line)  # type: ignore[attr-defined]
 
 
-def _ask(worker: Any) -> Position | None:
+def _ask(workers: Sequence[Any]) -> list[Position | None]:
+    """Where each is, None for those that do not answer."""
+    answers = [worker.execute_async(here) for worker in workers]
+    done, _ = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_TIMEOUT_S)
+    return [_position(answer) if answer in done else None for answer in answers]
+
+
+def _position(answer: Any) -> Position | None:
     try:
-        return ray.get(worker.execute_async(here), timeout=ANSWER_TIMEOUT_S)
-    except (GetTimeoutError, RayError):
+        return ray.get(answer)
+    except RayError:  # it has died meanwhile
         return None

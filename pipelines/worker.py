@@ -18,6 +18,7 @@ from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.load import load_tokenizer
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import read, restore, write
+from cortex_core.errors import DataError
 from cortex_core.eval.suite import Suite
 from cortex_core.eval.validation import Validation
 from cortex_core.tasks.corpus import Corpus, load_corpus
@@ -71,6 +72,7 @@ def train(config: RunConfig, edge: Edge) -> None:
     with edge.resume_from() as folder:
         if folder is not None:
             checkpoint.load(folder, learner)
+    _check_same(edge.gather(learner.step_number))
     validation = _validation(config, edge, vocabulary, corpus) if config.validation.every_steps else None
     _train_steps(config, edge, learner, batches, backbone, validation)
     with learner.averaged():
@@ -161,6 +163,15 @@ class _Window:
         means |= {"throughput/tokens_per_s": self.tokens / seconds, "throughput/steps_per_s": self.steps / seconds}
         self.__init__()
         return means
+
+
+def _check_same(steps: list[int]) -> None:
+    """Or weights would drift apart without a word."""
+    if len(set(steps)) > 1:
+        raise DataError(
+            f"workers found checkpoints of steps {', '.join(map(str, steps))} (by rank): not every node sees the same "
+            "files. Set cluster.storage_path, or out_dir, to a folder that all of them share"
+        )
 
 
 def _mean(everyone: list[dict[str, float]]) -> dict[str, float]:

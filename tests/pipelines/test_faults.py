@@ -212,7 +212,7 @@ def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
 def test_a_worker_that_hangs_is_named_and_replaced(
     two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    impatient = two.cluster.model_copy(update={"hang_timeout_s": 4.0})
+    impatient = two.cluster.model_copy(update={"hang_timeout_s": 8.0})
     stopped: list[psutil.Process] = []
 
     def stop() -> None:
@@ -222,7 +222,7 @@ def test_a_worker_that_hangs_is_named_and_replaced(
     with once(lambda: has_checkpoint(two) and bool(train_workers()), stop):
         assert train.run(two.model_copy(update={"cluster": impatient})) == 0
     said = capsys.readouterr().out
-    place = rf"does not answer on \S+ \(\S+, process {stopped[0].pid}\): no step for 4 s \(cluster\.hang_timeout_s\)"
+    place = rf"does not answer on \S+ \(\S+, process {stopped[0].pid}\): no step for 8 s \(cluster\.hang_timeout_s\)"
     assert re.search(rf"^worker [01] failed: {place}\nstarting the workers again$", said, re.MULTILINE), said
     assert said.count(" failed: ") == 1
     assert psutil.wait_procs(stopped, timeout=30)[1] == []

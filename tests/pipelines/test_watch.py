@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import ray.train
-from ray.exceptions import GetTimeoutError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
@@ -47,7 +46,8 @@ class Workers:
         self.heard: list[dict[int, Exception]] = []
         monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(watch.ray, "kill", self.killed.append)
-        monkeypatch.setattr(watch.ray, "get", self._answer)
+        monkeypatch.setattr(watch.ray, "wait", self._wait)
+        monkeypatch.setattr(watch.ray, "get", lambda rank: behind(9 - rank))
         hears = SimpleNamespace(after_exception=lambda context, errors: self.heard.append(errors))
         self.watch = Watch(60.0, [hears])  # type: ignore[list-item]
         self.group = [self._worker(0), self._worker(1)]
@@ -57,10 +57,9 @@ class Workers:
         node = SimpleNamespace(hostname=f"node-{rank}", node_ip=f"10.0.0.{rank}", pid=100 + rank)
         return SimpleNamespace(actor=rank, metadata=node, execute_async=lambda ask: rank)
 
-    def _answer(self, rank: int, timeout: float) -> Position:
-        if rank == 1 and self.now > 1000:
-            raise GetTimeoutError
-        return behind(9 - rank)
+    def _wait(self, ranks: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        silent = [1] if self.now > 1000 else []
+        return [rank for rank in ranks if rank not in silent], silent
 
     def report(self, **metrics: float) -> None:
         self.watch.after_report(None, [metrics, metrics])
@@ -163,11 +162,11 @@ def test_a_worker_that_is_stuck_while_the_others_wait_for_it_is_found(tmp_path: 
         on_worker, train_loop_config={"once": tmp_path / "once"}, scaling_config=cluster.scaling(workers),
         run_config=ray.train.RunConfig(
             name="run", storage_path=str(tmp_path), failure_config=cluster.failure(workers),
-            callbacks=[progress, Watch(2.0, [progress])],  # type: ignore[list-item]
+            callbacks=[progress, Watch(3.0, [progress])],  # type: ignore[list-item]
         ),
     )  # fmt: skip
     run_to_end(trainer)
     assert re.fullmatch(
-        r"worker 0 failed: hangs in wait \(threading.py:\d+\) on \S+ \(\S+, process \d+\): no step for 2 s .*",
+        r"worker 0 failed: hangs in wait \(threading.py:\d+\) on \S+ \(\S+, process \d+\): no step for 3 s .*",
         (tmp_path / "heard").read_text(),
     )

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
-from cortex_core.errors import IncompatibleError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.errors import DataError, IncompatibleError
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
 from pipelines import worker
 from pipelines.config import SIDECARS_FOLDER, RunConfig
@@ -184,6 +183,12 @@ def test_sidecars_of_another_backbone_are_refused(straight: Keeper, tmp_path: Pa
     (folder / "cortex.json").write_text(json.dumps(settings | {"backbone_fingerprint": "0123456789abcdef"}))
     with pytest.raises(IncompatibleError, match="trained on another backbone"):
         worker.evaluate(config(), Keeper(tmp_path).edge(), folder)
+
+
+def test_workers_that_find_different_checkpoints_do_not_train_on() -> None:
+    worker._check_same([4, 4])
+    with pytest.raises(DataError, match=r"workers found checkpoints of steps 4, 0 \(by rank\): not every node"):
+        worker._check_same([4, 0])
 
 
 def test_gradient_checkpointing_and_accumulation_learn_the_same(tmp_path: Path) -> None:
