@@ -165,8 +165,17 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
 
 def hosts(node: Node, what: str) -> list[psutil.Process]:
     """Processes of a node's that do a part of the run."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [p for p in raylet.children() if what in " ".join(p.cmdline())]
+    return named(what, psutil.Process(node.all_processes["raylet"][0].process.pid))
+
+
+def named(what: str, above: psutil.Process) -> list[psutil.Process]:
+    """Processes below another one, by a part of their command."""
+    found = []
+    for process in above.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or is not yet buried
+            if what in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.fixture
@@ -237,7 +246,7 @@ def test_what_only_watches_may_fail(
     kept: list[bool] = []
 
     def fail() -> None:
-        killed.extend(p for p in psutil.Process().children(recursive=True) if "ray::Mailbox" in " ".join(p.cmdline()))
+        killed.extend(named("ray::Mailbox", psutil.Process()))
         for process in killed:
             process.kill()
         with locked(two.tracking_uri):
