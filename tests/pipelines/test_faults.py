@@ -135,6 +135,7 @@ class Command:
         return self.said.read_text()
 
 
+@pytest.mark.nightly
 def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
     tmp_path: Path, mlflow_database: Callable[[Path], None], undisturbed: RunConfig, orphans: list[psutil.Process]
 ) -> None:
@@ -191,6 +192,7 @@ def cluster_of_three(ray_here: ClusterConfig) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+@pytest.mark.nightly
 def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
     tmp_path: Path, mlflow_database: Callable[[Path], None], cluster_of_three: Cluster, undisturbed: RunConfig
 ) -> None:
@@ -218,6 +220,7 @@ def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
     as_if_undisturbed(config, undisturbed)
 
 
+@pytest.mark.nightly
 def test_a_worker_that_hangs_is_named_and_replaced(
     two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +297,7 @@ def tracking_server(database: str) -> Iterator[tuple[str, Callable[[], None]]]:
             kill()
 
 
+@pytest.mark.nightly
 def test_an_mlflow_server_that_goes_away_for_good_is_told_at_the_end(
     tmp_path: Path, mlflow_database: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +331,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.nightly
 def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(
     two: RunConfig, small_disk: Path, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
