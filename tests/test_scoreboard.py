@@ -28,6 +28,7 @@ from tests.benchmarks.rows import (
     safety,
     seeds,
     sharding,
+    sweep,
     tasks,
     text,
     wallclock,
@@ -141,6 +142,8 @@ def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
         *gpu.KERNEL_ROWS,
         *gpu.MODEL_ROWS,
         "long_files_bits_saved_percent",
+        *sweep.KILLED_ROWS,
+        sweep.OVERHEAD_ROW,
     }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {

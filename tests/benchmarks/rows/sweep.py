@@ -45,10 +45,11 @@ STATE_S = 5.0
 
 
 def sweep_killed_and_restored(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
-    """Seconds that `cortex tune` takes for 16 trials of the demo (rank x decay x learning rate, 120 steps, ASHA), its
-    driver killed by SIGKILL once on the way and started again; and finished trials that were then done again.
+    """Seconds that `cortex tune` takes for 16 trials of the demo, its driver killed by SIGKILL once on the way.
 
-    All of it counts, from the first start of the command to the end of the second. The trials run side by side, one
+    Rank x decay x learning rate, 120 steps, ASHA. The command is started again; the second row counts finished trials
+    that were then done again.
+    All of the time counts, from the first start of the command to the end of the second. The trials run side by side, one
     worker each, as many as this machine has CPUs.
     """
     with tempfile.TemporaryDirectory(prefix="cortex-sweep-") as scratch:
