@@ -133,9 +133,9 @@ class Cortex(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         self.backbone.activation_checkpointing_enable({"use_reentrant": False, "context_fn": same_pass_again})
-        self.backbone.disable_input_require_grads()  # or gradients would go down to the embeddings
-        for module in filter(lambda module: getattr(module, "gradient_checkpointing", False), self.backbone.modules()):
-            module.training = True  # of the layer alone: its dropouts stay off
+        for module in self.backbone.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True  # of the layer alone: its dropouts stay off
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 
