@@ -32,13 +32,14 @@ def add(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--sidecars", metavar="FOLDER", help="its memory: runs/NAME/sidecars [the one that ships]")
     bench.add_argument("--task", nargs="+", default=[], metavar="TASK", help="only these, e.g. qa1 or hotpotqa")
     bench.add_argument("--length", nargs="+", default=[], metavar="LENGTH", help="only these: 4k; 8k+; s, m, oracle")
-    bench.add_argument("--limit", type=_positive, metavar="N", help="only the first N of each task and length")
+    bench.add_argument("--limit", type=positive, metavar="N", help="only the first N of each task and length")
     text = "tokens of the prompt that the bare model sees [one segment, as much as the memory's attention]"
-    bench.add_argument("--window", type=_positive, metavar="N", help=text)
+    bench.add_argument("--window", type=positive, metavar="N", help=text)
     bench.add_argument("--out", metavar="FOLDER", help="where answers are kept [runs/bench/NAME]")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
     try:
         number = int(text)
     except ValueError:

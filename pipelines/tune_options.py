@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from pipelines.bench_options import positive
+
 USAGE = "STUDY [--trials N] [options] [KEY=VALUE ...]"
 DESCRIPTION = "Search for better settings: train many short runs, stop the poor ones early, compare them."
 _EPILOG = """\
@@ -49,20 +51,10 @@ def add(tune: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     tune.add_argument("study", metavar="STUDY", help="a TOML file, or the name of a study that ships")
     tune.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all trials")
-    tune.add_argument("--trials", type=_positive, metavar="N", help="how many [16, or what the study says]")
+    tune.add_argument("--trials", type=positive, metavar="N", help="how many [16, or what the study says]")
     text = "trials at a time, at most [as many as there are CPUs or GPUs for]"
-    tune.add_argument("--concurrent", type=_positive, metavar="N", help=text)
+    tune.add_argument("--concurrent", type=positive, metavar="N", help=text)
     text = "tpe learns from the trials before, random does not, grid tries every point [tpe]"
     tune.add_argument("--search", choices=("tpe", "random", "grid"), help=text)
     text = "let every trial take all its steps [poor ones are stopped]"
     tune.add_argument("--no-early-stop", action="store_true", help=text)
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return number
