@@ -23,7 +23,7 @@ from pipelines import cluster, tracking
 from pipelines.ablation_table import compare, flat, print_ablations, write_ablations
 from pipelines.config import SIDECARS_FOLDER, RunConfig, located
 from pipelines.report import load_evaluation
-from pipelines.runs import is_finished, locked
+from pipelines.runs import finished_run, locked
 from pipelines.tracking import TrackedRun
 from pipelines.train import work
 from pipelines.variants import Plan
@@ -70,7 +70,7 @@ def _run(config: RunConfig, variants: dict[str, RunConfig], console: Console) ->
 def _stands(name: str, variants: dict[str, RunConfig]) -> bool:
     """Whether a variant's result is there; one that was made of the reference's sidecars, of those it has now."""
     of = variants[name]
-    if not is_finished(of):
+    if finished_run(of) is None:
         return False
     ours, theirs = (each.run_dir / SIDECARS_FOLDER / WEIGHTS for each in (of, variants[REFERENCE]))
     if VARIANTS[name].made_by == "evaluation":

@@ -8,11 +8,13 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+
+from cortex_core.errors import DataError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,6 +130,22 @@ class MetricLog:
                     if row["run"] == self._run_id:
                         before[row["metric"], row["step"]] = row["value"], row["time_ms"]
         self._waiting = before | self._waiting
+
+
+def latest(uri: str, run_id: str, names: Iterable[str]) -> dict[str, float]:
+    """What the store has of the last step at which the first of `names` was written; `step` is in there, too.
+
+    Raises DataError: it has nothing of one of them then.
+    """
+    client, found = open_client(absolute(uri)), dict[str, float]()
+    for name in names:
+        history = client.get_metric_history(run_id, name)
+        step = found.setdefault("step", max((point.step for point in history), default=-1))
+        values = [point.value for point in history if point.step == step]
+        if not values:
+            raise DataError(f"run {run_id} in MLflow at {uri}: has no {name} of its last step; start this run anew")
+        found[name] = values[-1]
+    return found
 
 
 def open_client(uri: str) -> MlflowClient:

@@ -123,16 +123,16 @@ def open_run(config: RunConfig) -> tuple[Run, bool]:
     return run.update(), resumed
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run's folder holds the result of these settings: all that decide what is learned or what is asked."""
+def finished_run(config: RunConfig) -> Run | None:
+    """The run whose result the folder holds, if it had these settings: all that decide what is learned or asked."""
     record = _read(config.run_dir)
     if record is None or record.state != "FINISHED" or not (config.run_dir / CONFIG_FILE).is_file():
-        return False
+        return None
     then, now = (
         each.model_dump(exclude=set(FREE - {"evaluation"}))
         for each in (load_config(config.run_dir / CONFIG_FILE), config)
     )
-    return then == now
+    return record if then == now else None
 
 
 def _read(folder: Path) -> Run | None:

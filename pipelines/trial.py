@@ -19,7 +19,8 @@ from pipelines import cluster, tracking
 from pipelines.actors import ask, send
 from pipelines.config import SIDECARS_FOLDER, RunConfig
 from pipelines.launch import launch
-from pipelines.runs import locked, open_run
+from pipelines.metric_log import latest
+from pipelines.runs import finished_run, locked, open_run
 from pipelines.sweep_plan import trial_config
 from pipelines.train import publish
 
@@ -58,6 +59,9 @@ class Trial(Trainable):
             if not alive:
                 if self._error is not None:
                     raise self._error
+                if not self._last:  # all steps were taken before this part of the sweep
+                    self._last = latest(self._config.tracking_uri, self._run_id, (LOSS, RECALL))
+                    return dict(self._last)
                 return self._last | {"done": True, ENDED: True}
             time.sleep(POLL_S)
 
@@ -80,7 +84,7 @@ class Trial(Trainable):
 
     def _begin(self, sample: Mapping[str, Any]) -> None:
         self._config = trial_config(self._sweep, self.trial_id, sample)
-        self._seen, self._last, self._error = 0, dict[str, Any](), None
+        self._seen, self._last, self._error, self._run_id = 0, dict[str, Any](), None, ""
         self._stopping, self._controller = False, None
         self._thread = threading.Thread(target=self._work, name=f"run of {self.trial_id}", daemon=True)
         self._thread.start()
@@ -93,10 +97,15 @@ class Trial(Trainable):
             self._error = error
 
     def _run(self) -> None:
-        """`pipelines.train.work` without a terminal."""
+        """`pipelines.train.work` without a terminal. A run that has ended unheard by any sweep is not done anew."""
+        done = finished_run(self._config)
+        if done is not None and done.mlflow_run_id is not None:
+            self._run_id = done.mlflow_run_id
+            return
         record, _ = open_run(self._config)
         with tracking.start(self._config, run_id=record.mlflow_run_id, parent_run_id=self._parent) as tracked:
             record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
+            self._run_id = tracked.run_id
             post = Post(self._mailboxes, self.trial_id)
             try:
                 finished = launch("train", self._config, record, [tracked.callback(), post, Introduce(post)])
