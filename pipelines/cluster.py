@@ -115,6 +115,11 @@ def room(cluster: ClusterConfig) -> int | None:
     return sum(min(int(node.get(kind, 0) / share + 1e-9) for kind, share in each.items()) for node in nodes)
 
 
+def num_nodes() -> int:
+    """Nodes of the connected cluster; this machine, where there is none."""
+    return sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+
+
 def _start(cluster: ClusterConfig) -> None:
     # Ray asks for a token unless RAY_AUTH_MODE says otherwise, and rightly: who reaches its ports runs code
     # as this user. This token is known to this process and its children; by default Ray leaves one in the

@@ -21,7 +21,7 @@ from pipelines.worker import EVALUATION
 def run(config: RunConfig, run_dir: Path) -> int:
     """Evaluate `run_dir`/sidecars and write the report into `run_dir`/evaluation. Returns the exit code."""
     config, console, out = located(config), Console(), run_dir / "evaluation"
-    with Progress(console, total=1) as progress:
+    with Progress(console, total=1, run=config.name) as progress:
         progress.phase("starting the cluster")
         with cluster.connect(config.cluster):
             finished = launch(

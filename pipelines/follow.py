@@ -8,10 +8,10 @@ from typing import Any
 
 from ray import tune
 from rich.console import Console
-from rich.markup import escape
 
 from cortex_core.eval.validation import LOSS, RECALL
 from pipelines.config import RunConfig
+from pipelines.progress import line_printer
 from pipelines.search import RESULTS_FILE
 from pipelines.trial import ENDED
 
@@ -27,7 +27,7 @@ class Follower(tune.Callback):
     def __init__(self, config: RunConfig, total: int) -> None:
         self._results = config.run_dir / RESULTS_FILE
         self._failures = config.run_dir / FAILURES_FILE
-        self._total, self._steps = total, config.training.steps
+        self._name, self._total, self._steps = config.name, total, config.training.steps
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called when a trial begins, or goes on."""
@@ -61,9 +61,7 @@ class Follower(tune.Callback):
 
     def _say(self, trials: list[Any], trial: Any, text: str) -> None:
         ended = sum(each.is_finished() for each in trials)
-        Console().print(
-            f"{ended}/{self._total} ended  trial {trial.trial_id}  {escape(text)}", soft_wrap=True, highlight=False
-        )
+        line_printer(Console(), self._name)(f"{ended}/{self._total} ended  trial {trial.trial_id}  {text}")
 
 
 def shown(value: object) -> str:

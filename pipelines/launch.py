@@ -13,7 +13,7 @@ from typing import Any, Literal
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, LoggingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback, ReportCallback
 
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import first_whole, newest, step_of
@@ -52,8 +52,8 @@ def launch(
     }  # fmt: skip
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
-    heard_by = [Refusals(), *callbacks]
-    watch = Watch(config.cluster.hang_timeout_s, [each for each in heard_by if isinstance(each, UserCallback)])
+    heard_by = [Refusals(), *(each for each in callbacks if isinstance(each, UserCallback))]
+    others = [each for each in callbacks if not isinstance(each, UserCallback)]  # they hear of a hang from the watch
     trainer = TorchTrainer(
         on_worker,
         train_loop_config=settings,
@@ -65,7 +65,7 @@ def launch(
             storage_path=storage,
             failure_config=cluster.failure(config.cluster),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            callbacks=[*heard_by, watch],  # type: ignore[list-item]
+            callbacks=[*heard_by, Watch(config.cluster.hang_timeout_s, heard_by), *others],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -92,6 +92,7 @@ def on_worker(settings: dict[str, Any]) -> None:
         if folder is None:
             ray.train.report(metrics)
             return
+        metrics = metrics | _size(folder)
         with _room_in(settings["storage"], folder):
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
@@ -126,6 +127,10 @@ def _say_damaged(damaged: int, last: Path | None, report: Report) -> None:
     report({"phase": 0.0, "damaged_checkpoints": float(damaged), "resumed_step": float(since)}, None)
 
 
+def _size(checkpoint: Path) -> dict[str, float]:
+    return {"checkpoint_bytes": float(size_of(checkpoint))}
+
+
 def _room_in(storage: str, checkpoint: Path) -> AbstractContextManager[None]:
     """What a URI names has no disk of this machine behind it."""
     return nullcontext() if "://" in storage else room_for("a checkpoint", Path(storage), size_of(checkpoint))
@@ -138,6 +143,7 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Ray
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
+            metrics = metrics | _size(folder)
             root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(root / "next", ignore_errors=True)
             with _room_in(str(root), folder):
@@ -149,6 +155,8 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Ray
         for callback in callbacks:
             if isinstance(callback, UserCallback):
                 callback.after_report(None, [metrics], None)  # type: ignore[arg-type]
+            elif isinstance(callback, ReportCallback):
+                callback.after_report(None, [metrics])  # type: ignore[arg-type]
 
     @contextmanager
     def resume_from() -> Iterator[Path | None]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 from ray.train import Checkpoint, ControllerError, Result, UserCallback
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from cortex_core.errors import USER_ERRORS
 from pipelines.actors import ask, on_head, send
+from pipelines.events import EventLog, reason
 from pipelines.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -37,14 +36,15 @@ class ProgressCallback(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """Called with one dict per rank after all of them have reported."""
-        self._post(dict(metrics[0]))
+        self.post(dict(metrics[0]))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called when workers have failed; Ray Train then starts them again or gives up."""
         rank, error = min(worker_exceptions.items())
-        self._post({"failure": f"worker {rank} failed: {_last_line(error)}"})
+        self.post({"failure": f"worker {rank} failed: {reason(error)}"})
 
-    def _post(self, item: dict[str, Any]) -> None:
+    def post(self, item: dict[str, Any]) -> None:
+        """Without waiting, and without a word if the mailbox is gone."""
         with contextlib.suppress(RayError):  # nobody trains less well for want of a progress bar
             send(self._mailbox.post, item)
 
@@ -60,15 +60,26 @@ class Refusals(UserCallback):
                 raise raised
 
 
+def line_printer(console: Console, run: str) -> Callable[[str], None]:
+    """Prints a line of text. Anywhere but on a terminal it begins with the run's name, for logs of several may lie side
+    by side."""
+    prefix = f"{run}: " if run and not console.is_terminal else ""
+    return lambda text: console.print(prefix + text, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 class Progress:
     """Shows phases, then step, loss, accuracy, tokens per second and the time left.
 
     Reports may hold `phase` (an index into PHASES), `step`, `done_frac` (share of the training's work, for steps differ
     in length), `evaluated_frac` and metrics. They come through `callback()`, polled by a thread, with Ray or without.
+    So do events, which go on to `events`.
     """
 
-    def __init__(self, console: Console | None = None, *, total: int) -> None:
-        self._console, self._total = console or Console(), total
+    def __init__(
+        self, console: Console | None = None, *, total: int, run: str = "", events: EventLog | None = None
+    ) -> None:
+        self._console, self._total, self._events = console or Console(), total, events
+        self._run, self._print = run, line_printer(self._console, run)
         self._phase, self._numbers = "", ""
         self._first: tuple[float, float] | None = None  # share of the work done at the first report, and when
         self._phase_began = self._said = self._news = time.monotonic()
@@ -99,8 +110,22 @@ class Progress:
 
     def callback(self) -> ProgressCallback:
         """For Ray Train's `RunConfig(callbacks=[...])`, once Ray runs; without, call its `after_report`."""
-        self._mailbox, self._seen = on_head(Mailbox) if ray.is_initialized() else Mailbox(), 0
+        there = ray.is_initialized()
+        self._mailbox, self._seen = on_head(Mailbox) if there else Mailbox(), 0
         return ProgressCallback(self._mailbox)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[ProgressCallback]:
+        """`callback()` for the length of a block; at its end, what was posted is taken in."""
+        try:
+            yield self.callback()
+        finally:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Take in what was posted so far."""
+        with self._lock:
+            self._drain()
 
     def phase(self, name: str) -> None:
         """From now on the run is busy with `name`."""
@@ -136,8 +161,10 @@ class Progress:
 
     def _take_in(self, report: Mapping[str, Any]) -> None:
         self._news = time.monotonic()
+        if "event" in report and self._events is not None:
+            self._events.add(report)
         if "failure" in report:
-            self._say(escape(report["failure"]))
+            self._say(report["failure"])
             self._first = None
             self._begin("starting the workers again")
         if "phase" in report:
@@ -178,7 +205,7 @@ class Progress:
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._print(text)
 
 
 def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda: None) -> Result:
@@ -235,10 +262,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _last_line(error: Exception) -> str:
-    """Of an error with its worker's traceback in it, the part that says what happened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # Ray's word for a worker that did not answer for ten minutes ends with advice about a variable.
-    return lines[0 if isinstance(error, WorkerHealthCheckTimeoutError) else -1][:200]

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 ARTIFACTS = "mlartifacts"
 """Folder beside a local database. A server decides for itself where artifacts go."""
 UNSENT_FILE, UNSENT_BY_DRIVER_FILE = "unsent_metrics.jsonl", "unsent_metrics_of_driver.jsonl"
-POSITION = ("step", "phase", "done_frac", "evaluated_frac")
-"""What a report says about where the run is; the rest are metrics."""
+POSITION = ("step", "phase", "done_frac", "evaluated_frac", "checkpoint_bytes")
+"""What a report says about where the run is and what it leaves; the rest are metrics."""
 CURVES = ("loss", "accuracy", "throughput/tokens_per_s")
 SYSTEM_METRICS_INTERVAL_S = 10
 BEST_TAG = "sweep.best"
@@ -70,7 +70,8 @@ class TrackedRun:
         self._client, self._config, self._experiment_id = client, config, run.info.experiment_id
         self._log = MetricLog(uri, self.run_id, config.run_dir / UNSENT_BY_DRIVER_FILE)
         self._monitor: Any = None
-        self._problems: list[str] = []
+        self.problems: list[str] = []
+        """A line for each thing that MLflow has not taken so far."""
         self._finished = False
 
     def __enter__(self) -> TrackedRun:
@@ -160,18 +161,18 @@ class TrackedRun:
     def finish(self, status: Status = "FINISHED") -> list[str]:
         """Close the run. Returns one line for each thing that MLflow did not take; the first call counts."""
         if self._finished:
-            return self._problems
+            return self.problems
         self._finished = True
         if self._monitor is not None:
             self._monitor.finish()
         # What the controller could not send is in the file by now; this is the last attempt.
         for log in (MetricLog(self.uri, self.run_id, self.unsent), self._log):
             if waiting := log.flush():
-                self._problems.append(
+                self.problems.append(
                     f"{waiting} metric values did not reach MLflow at {self.uri}: kept in {log.unsent}"
                 )
         self._record(f"status {status}", lambda: self._client.set_terminated(self.run_id, status))
-        return self._problems
+        return self.problems
 
     def ui_command(self) -> str:
         """What to type to see this run; empty if a server shows it already."""
@@ -194,7 +195,7 @@ class TrackedRun:
             check_answers(self.uri)
             send()
         except Exception as error:  # a sink may not fail a run that has started
-            self._problems.append(f"{what}: MLflow at {self.uri} failed ({first_line(error)})")
+            self.problems.append(f"{what}: MLflow at {self.uri} failed ({first_line(error)})")
 
     def _watch_system(self, resumed: bool) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

@@ -19,10 +19,11 @@ from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, tracking
 from pipelines.config import SIDECARS_FOLDER, RunConfig, located
 from pipelines.disk import room_for
+from pipelines.events import EventCallback, EventLog
 from pipelines.launch import launch
-from pipelines.progress import Progress
+from pipelines.progress import Progress, line_printer
 from pipelines.report import print_summary, write_report
-from pipelines.runs import locked, open_run
+from pipelines.runs import Run, locked, open_run
 from pipelines.tracking import TrackedRun
 from pipelines.worker import EVALUATION
 
@@ -51,21 +52,40 @@ def work(
     doing, newest = "Resuming" if resumed else "Starting", record.newest_checkpoint()
     since = f", from step {step_of(newest)}" if newest else ""
     console.print(f"{doing} [bold]{config.name}[/] in {config.run_dir}{since}", soft_wrap=True, highlight=False)
-    with Progress(console, total=config.training.steps) as progress:
+    say = None if console.is_terminal else line_printer(console, config.name)
+    with (
+        EventLog(config.run_dir, config.name, say) as events,
+        Progress(console, total=config.training.steps, run=config.name, events=events) as progress,
+    ):
         progress.phase("opening MLflow")
         with tracking.start(config, run_id=record.mlflow_run_id, parent_run_id=parent_run_id) as tracked:
             record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
+            begin(events, tracked, record, resumed)
             progress.phase("starting the cluster")
-            with cluster.connect(config.cluster):
+
+            def interrupted() -> None:
+                tracked.interrupted()
+                progress.catch_up()
+                events.interrupted()
+
+            with cluster.connect(config.cluster), progress.listening() as heard:
+                events.write("cluster ready", workers=config.cluster.num_workers, nodes=cluster.num_nodes())
                 job = "train" if sidecars is None else "evaluate"
-                callbacks = [tracked.callback(), progress.callback()]
-                finished = launch(job, config, record, callbacks, sidecars, tracked.interrupted)
+                callbacks = [tracked.callback(), heard, EventCallback(heard.post, tracked.unsent)]
+                finished = launch(job, config, record, callbacks, sidecars, interrupted)
             progress.phase("writing the report")
             with room_for("the results of the run", config.run_dir):
                 document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
                 record.publish_config()
-    record.update(state="FINISHED")
+        record.update(state="FINISHED")
     return document, tracked
+
+
+def begin(events: EventLog, tracked: TrackedRun, record: Run, resumed: bool) -> None:
+    """The first event of a run, or of its next part."""
+    newest = record.newest_checkpoint() if resumed else None
+    step = step_of(newest) if newest else None
+    events.begin(tracked.run_id, tracked.problems, attempt=record.attempt, resumed=resumed, step=step)
 
 
 def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedRun) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from cortex_core.eval.validation import LOSS, RECALL
 from pipelines import cluster, tracking
 from pipelines.actors import ask, send
 from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.events import EventCallback, EventLog
 from pipelines.launch import launch
 from pipelines.metric_log import latest
 from pipelines.runs import finished_run, locked, open_run
 from pipelines.sweep_plan import trial_config
-from pipelines.train import publish
+from pipelines.train import begin, publish
 
 POLL_S, ABORT_TIMEOUT_S = 0.3, 8.0
 ENDED = "ended"
@@ -57,6 +58,7 @@ class Trial(Trainable):
                     self._last = {name: report[name] for name in ("step", LOSS, RECALL)}
                     return dict(self._last)
             if not alive:
+                self._events.close(self._error)
                 if self._error is not None:
                     raise self._error
                 if not self._last:  # all steps were taken before this part of the sweep
@@ -74,18 +76,23 @@ class Trial(Trainable):
             if self._controller is not None:
                 _abort(self._controller)
             self._thread.join(ABORT_TIMEOUT_S)
+        self._events.close(KeyboardInterrupt() if self._thread.is_alive() else self._error)
 
     def _new_reports(self) -> Iterator[dict[str, Any]]:
         """What the run has said since, one at a time: a report that is not taken is there the next time."""
         for number, report in ask(self._mailboxes.after, self.trial_id, self._seen, timeout_s=60.0):
             self._seen = number
             self._controller = report.get("controller", self._controller)
-            yield report
+            if "event" in report:
+                self._events.add(report)
+            else:
+                yield report
 
     def _begin(self, sample: Mapping[str, Any]) -> None:
         self._config = trial_config(self._sweep, self.trial_id, sample)
         self._seen, self._last, self._error, self._run_id = 0, dict[str, Any](), None, ""
         self._stopping, self._controller = False, None
+        self._events = EventLog(self._config.run_dir, self._config.name)
         self._thread = threading.Thread(target=self._work, name=f"run of {self.trial_id}", daemon=True)
         self._thread.start()
 
@@ -102,13 +109,16 @@ class Trial(Trainable):
         if done is not None and done.mlflow_run_id is not None:
             self._run_id = done.mlflow_run_id
             return
-        record, _ = open_run(self._config)
+        record, resumed = open_run(self._config)
         with tracking.start(self._config, run_id=record.mlflow_run_id, parent_run_id=self._parent) as tracked:
             record = record.update(mlflow_run_id=tracked.run_id, state="KILLED")  # true until it is done
             self._run_id = tracked.run_id
+            begin(self._events, tracked, record, resumed)
+            self._events.write("cluster ready", workers=self._config.cluster.num_workers, nodes=cluster.num_nodes())
             post = Post(self._mailboxes, self.trial_id)
+            callbacks = [tracked.callback(), post, Introduce(post), EventCallback(post.post, tracked.unsent)]
             try:
-                finished = launch("train", self._config, record, [tracked.callback(), post, Introduce(post)])
+                finished = launch("train", self._config, record, callbacks)
             except Exception:
                 if self._stopping:
                     raise KeyboardInterrupt from None  # it was ended, it has not failed

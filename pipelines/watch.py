@@ -21,8 +21,12 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
 
 ANSWER_TIMEOUT_S = 5.0
-TRAINING = 1.0
-"""The number `phase` of a report between two training steps."""
+TRAINING, EVALUATING = 1.0, 2.0
+"""The number `phase` of a report between two training steps, and of one of the evaluation."""
+
+
+class Hang(TimeoutError):
+    """What a worker is ended with that stands still."""
 
 
 class Position(NamedTuple):
@@ -36,7 +40,7 @@ class Position(NamedTuple):
 
 class Watch(ReportCallback, WorkerGroupCallback):
     """On Ray Train's controller. Between two reports of training steps no more than `timeout_s` may pass; then the
-    worker at fault is ended and fails with a TimeoutError, which `heard_by` hear of and Ray Train answers as any
+    worker at fault is ended and fails with a Hang, which `heard_by` hear of and Ray Train answers as any
     other failure. Loading, the first step of each start and the evaluation are not watched: how long they may take,
     nobody knows."""
 
@@ -61,7 +65,7 @@ class Watch(ReportCallback, WorkerGroupCallback):
         self._since = None
         positions = _ask(self._workers)
         for rank in at_fault(positions):
-            error = TimeoutError(self._describe(rank, positions))
+            error = Hang(self._describe(rank, positions))
             worker_group_status.worker_statuses[rank].error = error
             for callback in self._heard_by:
                 callback.after_exception(None, {rank: error})  # type: ignore[arg-type]

@@ -215,7 +215,9 @@ def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
         driver.process.kill()
     assert len(working) == 2
     assert re.search(
-        r"^worker [01] failed: .*\nstarting the workers again\n(.*\n)*training  step 12/12 ", said, re.MULTILINE
+        r"^tiny: worker [01] failed: .*\ntiny: starting the workers again\n(.*\n)*tiny: training  step 12/12 ",
+        said,
+        re.MULTILINE,
     ), said
     as_if_undisturbed(config, undisturbed)
 
@@ -235,7 +237,9 @@ def test_a_worker_that_hangs_is_named_and_replaced(
         assert train.run(two.model_copy(update={"cluster": impatient})) == 0
     said = capsys.readouterr().out
     place = rf"does not answer on \S+ \(\S+, process {stopped[0].pid}\): no step for 8 s \(cluster\.hang_timeout_s\)"
-    assert re.search(rf"^worker [01] failed: {place}\nstarting the workers again$", said, re.MULTILINE), said
+    assert re.search(rf"^tiny: worker [01] failed: {place}\ntiny: starting the workers again$", said, re.MULTILINE), (
+        said
+    )
     assert said.count(" failed: ") == 1
     assert psutil.wait_procs(stopped, timeout=30)[1] == []
     as_if_undisturbed(two, undisturbed)

@@ -115,7 +115,7 @@ def test_a_run_as_a_job_and_its_evaluation(head: Head, tmp_path: Path, mlflow_da
     assert done.returncode == 0, done.stdout + done.stderr
     logged_once(config, STEPS)
     log = head.ray("job", "logs", "whole").stdout.partition("Running entrypoint")[2]  # before it, Ray speaks
-    assert f"training  step {STEPS}/{STEPS}  loss " in log and "evaluating" in log and "Report    " in log
+    assert f"tiny: training  step {STEPS}/{STEPS}  loss " in log and "evaluating" in log and "Report    " in log
     assert "\r" not in log and "\x1b" not in log and "Traceback" not in log and "WARNING" not in log
     assert "(pid=" not in log and len(log.splitlines()) < 80, log
 

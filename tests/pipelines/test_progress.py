@@ -47,9 +47,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def _plain(total: int = 600) -> tuple[Progress, io.StringIO]:
+def _plain(total: int = 600, **more: Any) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    return Progress(Console(file=out, width=200), total=total), out
+    return Progress(Console(file=out, width=200), total=total, **more), out
 
 
 def _training(step: int, **metrics: float) -> dict[str, float]:
@@ -99,6 +99,16 @@ def test_of_a_worker_that_does_not_answer_the_line_that_says_so_is_shown() -> No
     assert (
         out.getvalue().splitlines()[0] == "worker 1 failed: A worker health check has been hanging for 600.00 seconds."
     )
+
+
+def test_where_there_is_no_terminal_a_line_begins_with_the_name_of_its_run(clock: Clock) -> None:
+    shown, out = _plain(total=20, run="[b]mine :x:")
+    shown.phase("starting the cluster")
+    shown.show(_training(20, loss=1.0))
+    shown.show({"failure": "worker 1 failed: broke"})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 5 and all(line.startswith("[b]mine :x:: ") for line in lines)
+    assert lines[3] == "[b]mine :x:: worker 1 failed: broke"
 
 
 def test_the_last_step_is_always_shown(clock: Clock) -> None:
@@ -154,12 +164,15 @@ def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_terminal_there_is_one_bar() -> None:
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True, _environ={"TERM": "xterm"})
-    with Progress(console, total=600) as shown:
+    with Progress(console, total=600, run="mine") as shown:
         shown.phase("starting the cluster")
+        shown.show(_training(300, loss=1.25))
+        shown.show({"failure": "worker 1 failed"})
         shown.show(_training(300, loss=1.25))
         assert shown._bar is not None
         shown._bar.refresh()
     text = out.getvalue()
+    assert "mine: " not in text
     assert "starting the cluster" in text and "50%" in text and "step 300/600  loss 1.250" in text
     assert text.count("\n") < 4, "a bar is redrawn in place"
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cortex_core.errors import ConfigError, DataError
 from cortex_core.training.checkpoint import TENSORS
 from pipelines import cli, train
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, dump_toml, load_config
+from pipelines.events import EVENTS_FILE
 from pipelines.runs import LAST, LOCK_FILE, STATE_FILE
 from tests import tiny
 
@@ -65,6 +67,15 @@ def steps_of(config: RunConfig, run: MlflowRun, metric: str = "loss") -> list[in
     return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
 
 
+def events(config: RunConfig) -> list[dict[str, Any]]:
+    """What happened to the run, all its parts."""
+    return [json.loads(line) for line in (config.run_dir / EVENTS_FILE).read_text().splitlines()]
+
+
+def happened(config: RunConfig) -> list[str]:
+    return [row["event"] for row in events(config)]
+
+
 def logged_once(config: RunConfig, steps: int = STEPS) -> None:
     """One MLflow run, finished, with every step once in every metric of training."""
     (run,) = in_mlflow(config)
@@ -95,7 +106,7 @@ def test_a_finished_run_leaves_its_results_in_its_folder(finished: RunConfig) ->
     names = {path.name for path in folder.iterdir()}
     assert names == {
         CONFIG_FILE, STATE_FILE, LOCK_FILE, SIDECARS_FOLDER, "checkpoints", "report.html", "reach.png", "usage.png", "training.png",
-        "evaluation.json", "evaluation.parquet", "evaluation.csv",
+        "evaluation.json", "evaluation.parquet", "evaluation.csv", EVENTS_FILE,
     }  # fmt: skip
     assert state(finished)["state"] == "FINISHED"
     assert load_config(folder / CONFIG_FILE) == finished
@@ -103,6 +114,21 @@ def test_a_finished_run_leaves_its_results_in_its_folder(finished: RunConfig) ->
     assert "tiny" in page and "<script src" not in page
     for picture in ("reach", "usage", "training"):
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_happened_to_a_run_is_a_line_each(finished: RunConfig) -> None:
+    written = [f"checkpoint written {step}" for step in (2, 4, 6)]
+    assert [f"{row['event']} {row.get('step', '')}".strip() for row in events(finished)] == [
+        "started", "cluster ready", *written, "evaluation begun", "checkpoint written 6", "finished",
+    ]  # fmt: skip
+    rows = events(finished)
+    assert {row["run"] for row in rows} == {"tiny"}
+    assert {row["mlflow_run_id"] for row in rows} == {state(finished)["mlflow_run_id"]}
+    times = [datetime.fromisoformat(row["time"]) for row in rows]
+    assert times == sorted(times) and {time.utcoffset() for time in times} == {timedelta(0)}
+    sizes = [row["bytes"] for row in rows if row["event"] == "checkpoint written"]
+    kept = finished.run_dir / "checkpoints" / "attempt-000" / LAST
+    assert sizes[-1] == sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
 
 
 def test_the_evaluation_is_the_same_in_every_format(finished: RunConfig) -> None:
@@ -146,9 +172,12 @@ def test_what_is_said_on_the_way(fresh: RunConfig, capsys: pytest.CaptureFixture
     assert train.run(fresh) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"Starting tiny in {fresh.run_dir}"
-    phases = [line for line in said if line in {"loading the backbone", "training", "evaluating", "writing the report"}]
+    mine = [line.removeprefix("tiny: ") for line in said if line.startswith("tiny: ")]  # told apart from other runs'
+    phases = [line for line in mine if line in {"loading the backbone", "training", "evaluating", "writing the report"}]
     assert phases == ["loading the backbone", "training", "evaluating", "writing the report"]
-    assert any(line.startswith(f"training  step {STEPS}/{STEPS}  loss ") for line in said)
+    assert any(line.startswith(f"training  step {STEPS}/{STEPS}  loss ") for line in mine)
+    assert any(re.fullmatch(rf"checkpoint of step {STEPS} written, \d\.\d MB", line) for line in mine)
+    assert mine[-1] == "finished" and "\r" not in "".join(said)
     assert f"Report    {fresh.run_dir / 'report.html'}" in said
     assert any("key_value, gap 70" in line for line in said)
 
@@ -160,12 +189,17 @@ def test_an_interrupted_run_is_resumed_and_is_the_same_run(
     with tiny.interrupted_in(step):
         train.run(fresh)
     (run,) = in_mlflow(fresh)
+    assert happened(fresh)[-1] == "interrupted"
     assert state(fresh) == {"attempt": 0, "state": "KILLED", "mlflow_run_id": run.info.run_id}
     assert run.info.status == "KILLED" and steps_of(fresh, run) == list(range(1, step))
     assert not (fresh.run_dir / SIDECARS_FOLDER).exists() and not (fresh.run_dir / "report.html").exists()
     capsys.readouterr()
     assert train.run(fresh) == 0
     assert capsys.readouterr().out.startswith(f"Resuming tiny in {fresh.run_dir}{since}\n")
+    (resumed,) = (row for row in events(fresh) if row["event"] == "resumed")
+    assert resumed["from_step"] == (int(since.rpartition(" ")[2]) if since else None)
+    assert {row["mlflow_run_id"] for row in events(fresh)} == {run.info.run_id}
+    assert happened(fresh)[0] == "started" and happened(fresh)[-1] == "finished"
     assert tiny.same(sidecars(fresh), sidecars(finished))
     logged_once(fresh)
     assert state(fresh)["state"] == "FINISHED" and state(fresh)["attempt"] == 0
@@ -191,7 +225,9 @@ def test_a_checkpoint_of_which_half_is_lost_is_passed_over(
     assert train.run(fresh) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(", from step 2")
-    assert "the newest checkpoint is damaged: going on from the one before, of step 2" in said
+    assert "tiny: the newest checkpoint is damaged: going on from the one before, of step 2" in said
+    passed = [row for row in events(fresh) if row["event"] in ("damaged checkpoint passed over", "checkpoint loaded")]
+    assert [row.get("checkpoints", row.get("step")) for row in passed] == [1, 2]
     assert tiny.same(sidecars(fresh), sidecars(finished))
     logged_once(fresh)
 
@@ -245,6 +281,7 @@ def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
         train.run(fresh.model_copy(update={"optimizer": rates, "training": limit}))
     (run,) = in_mlflow(fresh)
     assert run.info.status == "FAILED" and state(fresh)["state"] != "FINISHED"
+    assert events(fresh)[-1]["event"] == "failed" and "lower optimizer.learning_rate" in events(fresh)[-1]["reason"]
     assert not (fresh.run_dir / SIDECARS_FOLDER).exists()
 
 
@@ -363,9 +400,21 @@ def test_a_worker_that_is_killed_is_replaced(
 
     with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
         assert train.run(two) == 0
-    assert killed and "starting the workers again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert killed and "tiny: starting the workers again" in said
     assert tiny.furthest(sidecars(two), reference) < 1e-4
     logged_once(two, LONG)
+    rows = {row["event"]: row for row in events(two)}
+    assert rows["cluster ready"]["workers"] == 2 and rows["cluster ready"]["nodes"] == 1
+    assert (
+        happened(two).count("workers started") == 2 and rows["workers started"]["hosts"] == [socket.gethostname()] * 2
+    )
+    lost, replaced = rows["worker lost"], rows["worker replaced"]
+    assert lost["host"] == replaced["host"] == socket.gethostname() and lost["reason"] and lost["rank"] in (0, 1)
+    assert happened(two).index("worker lost") < happened(two).index("worker replaced")
+    assert rows["checkpoint loaded"]["step"] >= 1 and rows["checkpoint written"]["step"] == LONG
+    assert happened(two)[-2:] == ["checkpoint written", "finished"], "what came last, before Ray ended"
+    assert "tiny: worker 0 replaced, on " in said or "tiny: worker 1 replaced, on " in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from cortex_core.errors import DataError
 from cortex_core.eval.validation import LOSS, RECALL
+from pipelines.events import EVENTS_FILE
 from pipelines.mailbox import Mailboxes
 from pipelines.metric_log import latest
 from pipelines.runs import finished_run
@@ -51,6 +53,10 @@ def test_a_trial_that_has_taken_all_its_steps_says_again_what_came_of_it(
     record = finished_run(config)
     assert record is not None
     evaluation = config.run_dir / "evaluation.json"
+    happened = [json.loads(line)["event"] for line in (config.run_dir / EVENTS_FILE).read_text().splitlines()]
+    assert happened == [
+        "started", "cluster ready", *["checkpoint written"] * 3, "evaluation begun", "checkpoint written", "finished",
+    ]  # fmt: skip
     record, written = record.update(state=state), evaluation.stat().st_mtime_ns
     again = results(sweep.model_dump_json())
     assert again == first[-2:]

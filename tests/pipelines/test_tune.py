@@ -164,6 +164,12 @@ def _tracked(sweep: Sweep, rows: list[dict[str, Any]], best: dict[str, Any]) -> 
     for row in rows:
         run = children[row["mlflow_run_id"]]
         assert run.info.status == ("FINISHED" if row["state"] == "finished" else "KILLED")
+        lines = (sweep.folder / "trials" / row["trial"] / "events.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        assert {event["mlflow_run_id"] for event in events} == {row["mlflow_run_id"]}
+        assert {event["run"] for event in events} == {row["trial"]} and events[0]["event"] == "started"
+        assert (events[-1]["event"] == "finished") == (row["state"] == "finished"), events
+        assert {"workers started", "checkpoint written"} <= {event["event"] for event in events}
         steps = [point.step for point in client.get_metric_history(row["mlflow_run_id"], "loss")]
         assert steps == sorted(set(steps)) and steps[-1] >= row["step"]
         assert run.data.params["fast_weights.rank"] == str(row["sample"]["fast_weights.rank"])

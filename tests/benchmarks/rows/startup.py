@@ -51,7 +51,7 @@ def _one() -> dict[str, float]:
             assert process.stdout is not None
             for line in process.stdout:
                 said.append(line)
-                if waiting and line.startswith(waiting[0][1]):
+                if waiting and line.removeprefix("demo: ").startswith(waiting[0][1]):
                     ends[waiting.pop(0)[0]] = time.perf_counter() - start
                 if not waiting:
                     break
