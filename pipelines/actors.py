@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
 HEAD = "node:__internal_head__"
 _calling = threading.Lock()
 
 
-def on_head(kind: type, *arguments: Any) -> Any:
+def on_head(kind: type, *arguments: Any, **named: Any) -> Any:
     """An actor of class `kind` that takes no CPU, on the head node: elsewhere it may die with its node."""
-    return ray.remote(kind).options(num_cpus=0, resources={HEAD: 0.001}).remote(*arguments)
+    return ray.remote(kind).options(num_cpus=0, resources={HEAD: 0.001}).remote(*arguments, **named)
 
 
 def send(method: Callable[..., Any], *arguments: Any) -> None:
@@ -35,6 +37,34 @@ def ask(method: Any, *arguments: Any, timeout_s: float) -> Any:
             raise RuntimeError("Ray is not running any more")
         answer = method.remote(*arguments).future()
     return answer.result(timeout=timeout_s)
+
+
+class Gauges:
+    """The `on_change` of a mailbox in an actor: Ray's metrics show what it is told, under the name `run`."""
+
+    def __init__(self, run: str) -> None:
+        self._tags = {"run": run}
+        self._posted = self._lost = 0
+
+    def __call__(self, waiting: int, posted: int, lost: int) -> None:
+        """Called in the mailbox's actor."""
+        depth, arrived, dropped = _metrics()
+        depth.set(waiting, self._tags)
+        if posted > self._posted:
+            arrived.inc(posted - self._posted, self._tags)
+        if lost > self._lost:
+            dropped.inc(lost - self._lost, self._tags)
+        self._posted, self._lost = posted, lost
+
+
+@cache
+def _metrics() -> tuple[Gauge, Counter, Counter]:
+    """One of each in a process, for all its mailboxes."""
+    return (
+        Gauge("cortex_mailbox_waiting", "Reports that the driver has not taken yet.", ("run",)),
+        Counter("cortex_mailbox_posted", "Reports that have come.", ("run",)),
+        Counter("cortex_mailbox_dropped", "Reports that newer ones have pushed out unseen.", ("run",)),
+    )
 
 
 def disconnect() -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, 
 from rich.progress import Progress as Bar
 
 from cortex_core.errors import USER_ERRORS
-from pipelines.actors import ask, on_head, send
+from pipelines.actors import Gauges, ask, on_head, send
 from pipelines.events import EventLog, reason
 from pipelines.mailbox import Mailbox
 
@@ -111,7 +111,7 @@ class Progress:
     def callback(self) -> ProgressCallback:
         """For Ray Train's `RunConfig(callbacks=[...])`, once Ray runs; without, call its `after_report`."""
         there = ray.is_initialized()
-        self._mailbox, self._seen = on_head(Mailbox) if there else Mailbox(), 0
+        self._mailbox, self._seen = on_head(Mailbox, on_change=Gauges(self._run)) if there else Mailbox(), 0
         return ProgressCallback(self._mailbox)
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cortex_core.errors import ConfigError, DataError
 from pipelines import cluster, tracking
-from pipelines.actors import on_head
+from pipelines.actors import Gauges, on_head
 from pipelines.config import RunConfig, dump_toml, located
 from pipelines.follow import Follower
 from pipelines.mailbox import Mailboxes
@@ -49,7 +49,7 @@ def _run(plan: SweepPlan, console: Console) -> int:
             _say_what(plan, console)
             with cluster.connect(plan.config.cluster), _children_closed(parent):
                 concurrent = _concurrent(plan)
-                mailboxes = on_head(Mailboxes)
+                mailboxes = on_head(Mailboxes, Gauges)
                 if not search(plan, parent, mailboxes, concurrent, Follower(plan.config, plan.study.num_trials)):
                     raise KeyboardInterrupt
             (folder / SWEEP_FILE).write_text(json.dumps(record | {"state": "FINISHED"}, indent=2) + "\n")
