@@ -32,6 +32,7 @@ from tests.pipelines.test_train import (
     LONG,
     ROOT,
     TWO,
+    events,
     has_checkpoint,
     in_mlflow,
     logged_once,
@@ -241,6 +242,11 @@ def test_a_worker_that_hangs_is_named_and_replaced(
         said
     )
     assert said.count(" failed: ") == 1
+    (found,) = (row for row in events(two) if row["event"] == "hang found")
+    assert found["host"] == socket.gethostname() and re.fullmatch(place, found["reason"])
+    assert {"worker lost", "worker replaced"} <= {
+        row["event"] for row in events(two) if row.get("rank") == found["rank"]
+    }
     assert psutil.wait_procs(stopped, timeout=30)[1] == []
     as_if_undisturbed(two, undisturbed)
 
@@ -265,6 +271,7 @@ def test_what_only_watches_may_fail(
     with once(lambda: has_checkpoint(two), fail):
         assert train.run(two) == 0
     assert killed and kept == [True]
+    assert [row["event"] for row in events(two)][-1] == "finished", "the driver has not gone with the mailbox"
     assert "did not reach MLflow" not in capsys.readouterr().out and not (two.run_dir / UNSENT_FILE).exists()
     as_if_undisturbed(two, undisturbed)
 
@@ -316,6 +323,9 @@ def test_an_mlflow_server_that_goes_away_for_good_is_told_at_the_end(
     assert re.search(rf"^\d+ metric values did not reach MLflow at {uri}: kept in {unsent}$", said, re.MULTILINE), said
     kept = [json.loads(row) for row in unsent.read_text().splitlines()]
     assert [row["step"] for row in kept if row["metric"] == "loss"] == [4, 5, 6]
+    (told,) = (row for row in events(away) if row["event"] == "metrics unsent")
+    assert told["file"] == str(unsent)
+    assert [row["event"] for row in events(away)][-2:] == ["MLflow incomplete", "finished"]
     assert (away.run_dir / "report.html").is_file() and state(away)["state"] == "FINISHED"
     (run,) = in_mlflow(config)  # what the server has written
     assert steps_of(config, run) == [1, 2, 3] and run.info.status == "RUNNING"
