@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from pipelines.config import RunConfig, dump_toml
 from tests import tiny
-from tests.pipelines.test_train import has_checkpoint, logged_once, state
+from tests.pipelines.test_train import happened, has_checkpoint, logged_once, state
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
@@ -116,6 +116,7 @@ def test_a_run_as_a_job_and_its_evaluation(head: Head, tmp_path: Path, mlflow_da
     logged_once(config, STEPS)
     log = head.ray("job", "logs", "whole").stdout.partition("Running entrypoint")[2]  # before it, Ray speaks
     assert f"tiny: training  step {STEPS}/{STEPS}  loss " in log and "evaluating" in log and "Report    " in log
+    assert "tiny: workers started: 2, on " in log and "tiny: finished" in log
     assert "\r" not in log and "\x1b" not in log and "Traceback" not in log and "WARNING" not in log
     assert "(pid=" not in log and len(log.splitlines()) < 80, log
 
@@ -155,7 +156,7 @@ def test_a_job_that_is_stopped_is_killed_in_mlflow_and_resumes(
         assert time.monotonic() < deadline
     run_id = str(state(config)["mlflow_run_id"])
     assert MlflowClient(tracking_uri=config.tracking_uri).get_run(run_id).info.status == "KILLED"
-    assert state(config)["state"] == "KILLED"
+    assert state(config)["state"] == "KILLED" and "interrupted" in happened(config)
     again = head.submit("resumed", *training(config))
     assert again.returncode == 0, again.stdout + again.stderr
     assert ", from step " in again.stdout
