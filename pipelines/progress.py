@@ -24,6 +24,8 @@ from pipelines.mailbox import Mailbox
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+    from pipelines.tracking import TrackedRun
+
 PHASES = ("loading the backbone", "training", "evaluating", "collecting results")
 """What the number `phase` of a worker's report means."""
 PLAIN_EVERY_S, STILL_EVERY_S, POLL_S, ABORT_TIMEOUT_S = 10.0, 60.0, 0.5, 20.0
@@ -242,3 +244,18 @@ def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # Ray's word for a worker that did not answer for ten minutes ends with advice about a variable.
     return lines[0 if isinstance(error, WorkerHealthCheckTimeoutError) else -1][:200]
+
+
+def print_where(places: Mapping[str, object], tracked: TrackedRun, console: Console) -> None:
+    """The last lines of a command: what MLflow did not take, where everything is, where MLflow shows it."""
+    print_problems(tracked, console)
+    command = tracked.ui_command()
+    shown = f"{tracked.url}   (start it: {command})" if command else tracked.url
+    for what, where in [*places.items(), ("MLflow", shown)]:
+        console.print(f"{what:<9} {where}", soft_wrap=True, highlight=False)
+
+
+def print_problems(tracked: TrackedRun, console: Console) -> None:
+    """Close the run in MLflow; a line for each thing that it did not take."""
+    for problem in tracked.finish():
+        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
