@@ -10,7 +10,7 @@ from ray import tune
 from rich.console import Console
 from rich.markup import escape
 
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.config import RunConfig
 from pipelines.search import RESULTS_FILE
 from pipelines.trial import ENDED

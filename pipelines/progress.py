@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from cortex_core.errors import USER_ERRORS
+from cortex_core.errors import FINAL_ERRORS
 from pipelines.actors import ask, on_head, send
 from pipelines.mailbox import Mailbox
 
@@ -52,13 +52,13 @@ class ProgressCallback(UserCallback):
 
 
 class Refusals(UserCallback):
-    """Ends a run whose workers raise a user error: it would be the same the next time."""
+    """Ends a run whose workers raise what they would raise again: wrong input, a training that has diverged."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raises that error, which Ray Train's controller does not forgive, and `run_to_end` hands on."""
         for error in worker_exceptions.values():
             raised = getattr(error, "_base_exc", error)
-            if isinstance(raised, USER_ERRORS):
+            if isinstance(raised, FINAL_ERRORS):
                 raise raised
 
 
@@ -188,7 +188,7 @@ def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda:
     forces.
 
     Fitting a trainer of the same name and storage path resumes from its last checkpoint. Raises what `fit` raises, but
-    a user error of a worker as itself.
+    one of FINAL_ERRORS of a worker as itself.
     """
     controllers: list[Any] = []
     # Ray's own handler stays installed after the run and ends the process as if all were well. This is where
@@ -197,7 +197,7 @@ def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda:
     try:
         return trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, USER_ERRORS):
+        if isinstance(error.controller_failure, FINAL_ERRORS):
             raise error.controller_failure from None
         raise
     except KeyboardInterrupt:

@@ -17,14 +17,13 @@ from rich.console import Console
 
 from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, tracking
-from pipelines.config import SIDECARS_FOLDER, RunConfig, located
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
 from pipelines.disk import room_for
 from pipelines.launch import launch
 from pipelines.progress import Progress, print_where
 from pipelines.report import print_summary, write_report
 from pipelines.runs import locked, open_run
 from pipelines.tracking import TrackedRun
-from pipelines.worker import EVALUATION
 
 REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed", "mlflow")
 

@@ -29,11 +29,9 @@ from cortex_core.training.batches import BatchSource
 from cortex_core.training.calibrate import calibrate
 from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import ReadingLoss
-from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
 from pipelines.disk import room_for
 from pipelines.sharding import Shards, load_backbone, replicate
-
-EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)

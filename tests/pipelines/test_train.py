@@ -236,13 +236,17 @@ def test_a_finished_run_is_done_again_under_the_same_name(finished: RunConfig, f
     assert load_config(again.run_dir / CONFIG_FILE).seed == 1
 
 
-def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
+def diverging(config: RunConfig) -> RunConfig:
     """Rates that no weight survives: every loss after the first step is not a number."""
     huge = dict.fromkeys(("learning_rate", "gate_learning_rate", "output_learning_rate"), 1e37)
-    rates = fresh.optimizer.model_copy(update={**huge, "warmup_steps": 0})
-    limit = fresh.training.model_copy(update={"max_nonfinite_steps": 0, "sparsity_span": (0.0, 0.0)})
+    rates = config.optimizer.model_copy(update={**huge, "warmup_steps": 0})
+    limit = config.training.model_copy(update={"max_nonfinite_steps": 0, "sparsity_span": (0.0, 0.0)})
+    return config.model_copy(update={"optimizer": rates, "training": limit})
+
+
+def test_a_run_that_fails_says_so_and_stays_resumable(fresh: RunConfig) -> None:
     with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
-        train.run(fresh.model_copy(update={"optimizer": rates, "training": limit}))
+        train.run(diverging(fresh))
     (run,) = in_mlflow(fresh)
     assert run.info.status == "FAILED" and state(fresh)["state"] != "FINISHED"
     assert not (fresh.run_dir / SIDECARS_FOLDER).exists()
@@ -336,6 +340,14 @@ def train_workers(driver: int | None = None) -> list[psutil.Process]:
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+@pytest.mark.slow
+def test_what_would_diverge_again_is_not_tried_again(two: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
+        train.run(diverging(two))
+    said = capsys.readouterr().out
+    assert said.count("loading the backbone") == 1 and "starting the workers again" not in said
 
 
 @pytest.mark.slow

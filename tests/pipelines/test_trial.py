@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cortex_core.errors import DataError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.mailbox import Mailboxes
 from pipelines.metric_log import latest
 from pipelines.runs import finished_run

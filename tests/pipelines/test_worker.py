@@ -18,11 +18,11 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import DataError, IncompatibleError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
 from pipelines import worker
-from pipelines.config import SIDECARS_FOLDER, RunConfig
-from pipelines.worker import EVALUATION, Edge
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
+from pipelines.worker import Edge
 from tests import tiny
 
 STEPS, EVERY = 6, 2
