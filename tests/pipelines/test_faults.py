@@ -135,6 +135,22 @@ class Command:
         return self.said.read_text()
 
 
+def test_a_worker_that_is_killed_is_replaced(
+    two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
+        assert train.run(two) == 0
+    assert killed and "starting the workers again" in capsys.readouterr().out
+    as_if_undisturbed(two, undisturbed)
+
+
 @pytest.mark.nightly
 def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
     tmp_path: Path, mlflow_database: Callable[[Path], None], undisturbed: RunConfig, orphans: list[psutil.Process]

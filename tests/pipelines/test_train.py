@@ -363,24 +363,6 @@ def test_two_workers_learn_what_one_process_learns(two: RunConfig, reference: di
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(
-    two: RunConfig, reference: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
-) -> None:
-    killed: list[int] = []
-
-    def kill() -> None:
-        victim = train_workers()[-1]
-        killed.append(victim.pid)
-        victim.kill()
-
-    with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
-        assert train.run(two) == 0
-    assert killed and "starting the workers again" in capsys.readouterr().out
-    assert tiny.furthest(sidecars(two), reference) < 1e-4
-    logged_once(two, LONG)
-
-
-@pytest.mark.slow
 def test_a_worker_is_replaced_after_the_checkpoint_that_the_run_resumed_from_is_gone(
     tmp_path: Path,
     mlflow_database: Callable[[Path], None],
