@@ -20,3 +20,5 @@ class IncompatibleError(ValueError):
 
 USER_ERRORS = (ConfigError, DataError, IncompatibleError)
 """All three, for `except`."""
+FINAL_ERRORS = (*USER_ERRORS, FloatingPointError)
+"""What a run would raise again if it were tried again. FloatingPointError: training has diverged."""

@@ -22,6 +22,7 @@ from cortex_core.eval.ablations import REFERENCE, VARIANTS
 from pipelines import cluster, tracking
 from pipelines.ablation_table import compare, flat, print_ablations, write_ablations
 from pipelines.config import SIDECARS_FOLDER, RunConfig, located
+from pipelines.progress import print_problems, print_where
 from pipelines.report import load_evaluation
 from pipelines.runs import finished_run, locked
 from pipelines.tracking import TrackedRun
@@ -43,7 +44,7 @@ def run(plan: Plan) -> int:
 def _run(config: RunConfig, variants: dict[str, RunConfig], console: Console) -> int:
     folder, documents = config.run_dir, dict[str, dict[str, Any]]()
     waiting = [name for name in variants if not _stands(name, variants)]
-    with tracking.start(_parent_config(config), run_id=_parent_run(folder)) as parent:
+    with tracking.start(tracking.of_many(config, "ablations"), run_id=_parent_run(folder)) as parent:
         (folder / PARENT_FILE).write_text(json.dumps({"mlflow_run_id": parent.run_id}) + "\n")
         with cluster.connect(config.cluster) if waiting else nullcontext():
             for number, (name, of) in enumerate(variants.items(), start=1):
@@ -63,7 +64,8 @@ def _run(config: RunConfig, variants: dict[str, RunConfig], console: Console) ->
         parent.log_table(flat(result), "ablations_rows.json")
         parent.log_artifacts(written.values())
     print_ablations(result, console)
-    _print_where(written, parent, console)
+    shown = {"Page": "ablations.html", "Picture": "ablations.png", "Table": "ablations.csv"}
+    print_where({what: written[name] for what, name in shown.items()}, parent, console)
     return 0
 
 
@@ -83,15 +85,7 @@ def _work(name: str, variants: dict[str, RunConfig], console: Console, parent: T
     sidecars = reference.run_dir / SIDECARS_FOLDER if VARIANTS[name].made_by == "evaluation" else None
     with locked(of.run_dir):
         _, tracked = work(of, console, parent_run_id=parent.run_id, sidecars=sidecars)
-    for problem in tracked.finish():
-        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
-
-
-def _parent_config(config: RunConfig) -> RunConfig:
-    """For MLflow: a name that is no run's, what it cannot send beside the results, and no system metrics of its own."""
-    watched = config.tracking.model_copy(update={"system_metrics": False, "uri": config.tracking_uri})
-    name = f"{config.name}-ablations"
-    return config.model_copy(update={"name": name, "out_dir": str(config.run_dir), "tracking": watched})
+    print_problems(tracked, console)
 
 
 def _parent_run(folder: Path) -> str | None:
@@ -101,17 +95,6 @@ def _parent_run(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):  # it names a row in MLflow, nothing that would be lost
         return None
     return known if isinstance(known, str) else None
-
-
-def _print_where(written: dict[str, Path], parent: TrackedRun, console: Console) -> None:
-    for problem in parent.finish():
-        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
-    for what, name in (("Page", "ablations.html"), ("Picture", "ablations.png"), ("Table", "ablations.csv")):
-        console.print(f"{what:<9} {written[name]}", soft_wrap=True, highlight=False)
-    command = parent.ui_command()
-    console.print(
-        f"MLflow    {parent.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False
-    )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"cortex: {line}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # the training has diverged, and would again
+        print(f"cortex: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         resumable = arguments[:1] in (["train"], ["tune"], ["ablate"], ["bench"])
         again = f"; to resume: cortex {shlex.join(arguments)}" if resumable else ""

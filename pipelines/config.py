@@ -35,7 +35,7 @@ CONFIG_FILE = "config.toml"
 """The resolved configuration, written into every run folder; `cortex evaluate` reads it."""
 DATABASE_FILE = "mlflow.db"
 """MLflow's store, in `out_dir`."""
-SIDECARS_FOLDER = "sidecars"
+SIDECARS_FOLDER, EVALUATION = "sidecars", "evaluation.json"
 """What a run trained, in its folder once it has finished."""
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines import cluster
-from pipelines.config import SIDECARS_FOLDER, RunConfig, located
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
 from pipelines.launch import launch
 from pipelines.progress import Progress
 from pipelines.report import print_summary, write_report
 from pipelines.runs import Run
 from pipelines.train import complete
-from pipelines.worker import EVALUATION
 
 
 def run(config: RunConfig, run_dir: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from ray import tune
 from rich.console import Console
 
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.config import RunConfig
 from pipelines.progress import line_printer
 from pipelines.search import RESULTS_FILE

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, LoggingConfig, UserCallback
@@ -17,12 +17,15 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback, ReportCa
 
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import first_whole, newest, step_of
-from pipelines import cluster, worker
+from pipelines import cluster
 from pipelines.config import RunConfig
 from pipelines.disk import room_for, size_of
 from pipelines.progress import Refusals, run_to_end
 from pipelines.runs import BEFORE_LAST, LAST, Run
 from pipelines.watch import Watch
+
+if TYPE_CHECKING:  # takes seconds to import, and only workers need it, not the driver nor Ray Train's controller
+    from pipelines.worker import Edge
 
 Job = Literal["train", "evaluate"]
 Report = Callable[[dict[str, float], Path | None], None]
@@ -97,11 +100,11 @@ def on_worker(settings: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
     without_ray = Path(settings["without_ray"]) if settings["without_ray"] else None
+    from pipelines.worker import Edge
+
     _do(
         settings,
-        worker.Edge(
-            context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(without_ray, report)
-        ),
+        Edge(context.get_world_rank(), context.get_world_size(), report, lambda: _last_checkpoint(without_ray, report)),
     )
 
 
@@ -165,11 +168,15 @@ def _in_this_process(settings: dict[str, Any], run: Run, callbacks: Sequence[Ray
             _say_damaged(damaged, newest_here, report)
         yield newest_here
 
-    _do(settings, worker.Edge(0, 1, report, resume_from))
+    from pipelines.worker import Edge
+
+    _do(settings, Edge(0, 1, report, resume_from))
     return last
 
 
-def _do(settings: dict[str, Any], edge: worker.Edge) -> None:
+def _do(settings: dict[str, Any], edge: Edge) -> None:
+    from pipelines import worker
+
     config = RunConfig.model_validate_json(settings["config"])
     if settings["job"] == "train":
         worker.train(config, edge)

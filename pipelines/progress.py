@@ -15,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from cortex_core.errors import USER_ERRORS
+from cortex_core.errors import FINAL_ERRORS
 from pipelines.actors import Gauges, ask, on_head, send
 from pipelines.events import EventLog, reason
 from pipelines.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
+
+    from pipelines.tracking import TrackedRun
 
 PHASES = ("loading the backbone", "training", "evaluating", "collecting results")
 """What the number `phase` of a worker's report means."""
@@ -50,13 +52,13 @@ class ProgressCallback(UserCallback):
 
 
 class Refusals(UserCallback):
-    """Ends a run whose workers raise a user error: it would be the same the next time."""
+    """Ends a run whose workers raise what they would raise again: wrong input, a training that has diverged."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raises that error, which Ray Train's controller does not forgive, and `run_to_end` hands on."""
         for error in worker_exceptions.values():
             raised = getattr(error, "_base_exc", error)
-            if isinstance(raised, USER_ERRORS):
+            if isinstance(raised, FINAL_ERRORS):
                 raise raised
 
 
@@ -213,7 +215,7 @@ def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda:
     forces.
 
     Fitting a trainer of the same name and storage path resumes from its last checkpoint. Raises what `fit` raises, but
-    a user error of a worker as itself.
+    one of FINAL_ERRORS of a worker as itself.
     """
     controllers: list[Any] = []
     # Ray's own handler stays installed after the run and ends the process as if all were well. This is where
@@ -222,7 +224,7 @@ def run_to_end(trainer: TorchTrainer, on_interrupt: Callable[[], None] = lambda:
     try:
         return trainer.fit()
     except ControllerError as error:
-        if isinstance(error.controller_failure, USER_ERRORS):
+        if isinstance(error.controller_failure, FINAL_ERRORS):
             raise error.controller_failure from None
         raise
     except KeyboardInterrupt:
@@ -262,3 +264,18 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def print_where(places: Mapping[str, object], tracked: TrackedRun, console: Console) -> None:
+    """The last lines of a command: what MLflow did not take, where everything is, where MLflow shows it."""
+    print_problems(tracked, console)
+    command = tracked.ui_command()
+    shown = f"{tracked.url}   (start it: {command})" if command else tracked.url
+    for what, where in [*places.items(), ("MLflow", shown)]:
+        console.print(f"{what:<9} {where}", soft_wrap=True, highlight=False)
+
+
+def print_problems(tracked: TrackedRun, console: Console) -> None:
+    """Close the run in MLflow; a line for each thing that it did not take."""
+    for problem in tracked.finish():
+        console.print(f"[yellow]{problem}[/]", soft_wrap=True)

@@ -17,7 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from cortex_core.eval.validation import LOSS
+from cortex_core.eval.metric_names import LOSS
 from pipelines.actors import HEAD
 from pipelines.sweep_plan import SweepPlan
 from pipelines.tracking import TrackedRun
@@ -28,8 +28,9 @@ TUNE_FOLDER = "tune"
 """Ray Tune's own state, in the sweep's folder. It is pickled: go on only with folders that nobody else may write to."""
 RESULTS_FILE = "results.jsonl"
 """Every validation of every trial, a line each, as it came."""
-REDUCTION, GRACE_FRAC = 3, 0.3
-"""ASHA's: of the trials at a rung, one in three goes on. None is judged before a third of the steps or so are done."""
+REDUCTION, GRACE_FRAC = 3, 0.4
+"""ASHA's: of the trials at a rung, one in three goes on. None is judged before two fifths of the steps or so are done:
+by default, training is on short segments until then."""
 SAVE_EVERY_S = "2"
 QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": SAVE_EVERY_S,  # a driver that is killed loses what came after the last one

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cortex_core.backbone import load
 from cortex_core.backbone.attach import chosen_layers
+from cortex_core.backbone.load_parts import part_by_part
 from cortex_core.backbone.shape import decoder_layers
 from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.errors import ConfigError
@@ -107,7 +108,7 @@ def load_backbone(
         _check_with_deepspeed(config, deepspeed_file)
     active = HfDeepSpeedConfig(config)  # transformers shards while this is alive
     try:
-        with _no_progress_bars():
+        with _no_progress_bars(), part_by_part():
             model = load.load_backbone(backbone.model_copy(update={"dtype": dtype}))
     finally:
         unset_hf_deepspeed_config()

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cortex_core.errors import DataError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.drawing import image_bytes, percent
 from pipelines.follow import FAILURES_FILE, shown
 from pipelines.report import load_evaluation

@@ -240,6 +240,13 @@ def start(config: RunConfig, *, run_id: str | None = None, parent_run_id: str | 
     return tracked
 
 
+def of_many(config: RunConfig, what: str) -> RunConfig:
+    """For `start`: the run above many runs. Its name is no run's, what cannot be sent lies beside the results."""
+    watched = config.tracking.model_copy(update={"system_metrics": False, "uri": config.tracking_uri})
+    name = f"{config.name}-{what}"
+    return config.model_copy(update={"name": name, "out_dir": str(config.run_dir), "tracking": watched})
+
+
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time: of two that create the same local database, each would find what the other began."""

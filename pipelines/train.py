@@ -17,15 +17,14 @@ from rich.console import Console
 
 from cortex_core.training.checkpoint import step_of
 from pipelines import cluster, tracking
-from pipelines.config import SIDECARS_FOLDER, RunConfig, located
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
 from pipelines.disk import room_for
 from pipelines.events import EventCallback, EventLog
 from pipelines.launch import launch
-from pipelines.progress import Progress, line_printer
+from pipelines.progress import Progress, line_printer, print_where
 from pipelines.report import print_summary, write_report
 from pipelines.runs import Run, locked, open_run
 from pipelines.tracking import TrackedRun
-from pipelines.worker import EVALUATION
 
 REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed", "mlflow")
 
@@ -36,7 +35,8 @@ def run(config: RunConfig) -> int:
     with locked(config.run_dir):
         document, tracked = work(config, console)
         print_summary(document, console)
-        print_where(config, tracked, console)
+        places = {"Report": "report.html", "Picture": "reach.png", "Sidecars": SIDECARS_FOLDER}
+        print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 
 
@@ -129,19 +129,6 @@ def headline(document: dict[str, Any]) -> dict[str, float]:
     numbers |= {f"drift/{name}": value for name, value in drift.items() if isinstance(value, float)}
     numbers["memory/state_bytes"] = float(document["state_bytes"])
     return numbers
-
-
-def print_where(config: RunConfig, tracked: TrackedRun, console: Console) -> None:
-    """Where everything is."""
-    for problem in tracked.finish():
-        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
-    console.print(f"Report    {config.run_dir / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"Picture   {config.run_dir / 'reach.png'}", soft_wrap=True, highlight=False)
-    console.print(f"Sidecars  {config.run_dir / SIDECARS_FOLDER}", soft_wrap=True, highlight=False)
-    command = tracked.ui_command()
-    console.print(
-        f"MLflow    {tracked.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False
-    )
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.tune import Trainable
 
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines import cluster, tracking
 from pipelines.actors import ask, send
 from pipelines.config import SIDECARS_FOLDER, RunConfig

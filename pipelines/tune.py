@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,9 +18,10 @@ from rich.console import Console
 from cortex_core.errors import ConfigError, DataError
 from pipelines import cluster, tracking
 from pipelines.actors import Gauges, on_head
-from pipelines.config import RunConfig, dump_toml, located
+from pipelines.config import dump_toml, located
 from pipelines.follow import Follower
 from pipelines.mailbox import Mailboxes
+from pipelines.progress import print_where
 from pipelines.runs import locked
 from pipelines.search import search
 from pipelines.sweep_plan import SweepPlan
@@ -41,7 +41,7 @@ def run(plan: SweepPlan) -> int:
 def _run(plan: SweepPlan, console: Console) -> int:
     folder = plan.config.run_dir
     record = _record(plan)
-    with tracking.start(_parent_config(plan.config), run_id=record.get("mlflow_run_id")) as parent:
+    with tracking.start(tracking.of_many(plan.config, "sweep"), run_id=record.get("mlflow_run_id")) as parent:
         record |= {"mlflow_run_id": parent.run_id}
         (folder / SWEEP_FILE).write_text(json.dumps(record, indent=2) + "\n")
         parent.log_params(_described(plan))
@@ -63,7 +63,11 @@ def _run(plan: SweepPlan, console: Console) -> int:
         parent.log_table(result["rows"], "sweep_rows.json")
         parent.log_artifacts(written.values())
     print_sweep(result, console)
-    _print_where(written, parent, best, folder, console)
+    shown = {"Page": "sweep.html", "Picture": "sensitivity.png", "Table": "sweep.csv"}
+    places = {what: str(written[name]) for what, name in shown.items()}
+    if best is not None:
+        places["Best"] = f"cortex train {folder / BEST_FILE}"
+    print_where(places, parent, console)
     return 0 if any(row["state"] == "finished" for row in result["rows"]) else 1
 
 
@@ -108,32 +112,10 @@ def _described(plan: SweepPlan) -> dict[str, str]:
     return {"study": study.name, "search": study.search, "num_trials": str(study.num_trials)} | ranges
 
 
-def _parent_config(config: RunConfig) -> RunConfig:
-    """For MLflow: no run's name, and what it cannot send lies beside the results."""
-    watched = config.tracking.model_copy(update={"system_metrics": False, "uri": config.tracking_uri})
-    name = f"{config.name}-sweep"
-    return config.model_copy(update={"name": name, "out_dir": str(config.run_dir), "tracking": watched})
-
-
 def _say_what(plan: SweepPlan, console: Console) -> None:
     study = plan.study
     console.print(f"Sweep [bold]{plan.config.name}[/] in {plan.config.run_dir}", soft_wrap=True, highlight=False)
     console.print(f"{study.about}; {study.num_trials} trials of {plan.config.training.steps} steps", highlight=False)
-
-
-def _print_where(
-    written: dict[str, Path], parent: TrackedRun, best: dict[str, Any] | None, folder: Path, console: Console
-) -> None:
-    for problem in parent.finish():
-        console.print(f"[yellow]{problem}[/]", soft_wrap=True)
-    for what, name in (("Page", "sweep.html"), ("Picture", "sensitivity.png"), ("Table", "sweep.csv")):
-        console.print(f"{what:<9} {written[name]}", soft_wrap=True, highlight=False)
-    if best is not None:
-        console.print(f"Best      cortex train {folder / BEST_FILE}", soft_wrap=True, highlight=False)
-    command = parent.ui_command()
-    console.print(
-        f"MLflow    {parent.url}" + (f"   (start it: {command})" if command else ""), soft_wrap=True, highlight=False
-    )
 
 
 if __name__ == "__main__":

@@ -29,11 +29,9 @@ from cortex_core.training.batches import BatchSource
 from cortex_core.training.calibrate import calibrate
 from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import ReadingLoss
-from pipelines.config import SIDECARS_FOLDER, RunConfig
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
 from pipelines.disk import room_for
 from pipelines.sharding import Shards, load_backbone, replicate
-
-EVALUATION = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -209,20 +207,17 @@ def _validation(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpu
 def _save(
     folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None = None
 ) -> Path:
-    """What a checkpoint holds: training state, sidecars as users load them, the evaluation if there is one."""
+    """What a checkpoint holds: training state. The last one, with its evaluation, also sidecars as users load them."""
     with room_for("a checkpoint that is being written", folder):
         return _write(folder, learner, config, backbone, document)
 
 
 def _write(folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None) -> Path:
     checkpoint.save(folder, learner)
-    weights = {
-        name.removeprefix("average."): value
-        for name, value in learner.state()[0].items()
-        if name.startswith("average.")
-    }
+    if document is None:
+        return folder
+    weights = dict(learner.average)
     weights |= {f"{name}.live": addresses.live for name, addresses in learner.usage.addresses.items()}
     write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
-    if document is not None:
-        (folder / EVALUATION).write_text(json.dumps(document))
+    (folder / EVALUATION).write_text(json.dumps(document))
     return folder

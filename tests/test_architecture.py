@@ -129,6 +129,12 @@ def test_configuration_and_mailbox_import_no_tensors(modules: str) -> None:
     assert not {module.partition(".")[0] for module in imported} & HEAVY
 
 
+@pytest.mark.parametrize("module", ["pipelines.train", "pipelines.ablate", "pipelines.tune", "pipelines.launch"])
+def test_drivers_and_controllers_import_no_models(module: str) -> None:
+    """Seconds before the first worker is asked for; Ray Train's controller imports `pipelines.launch`."""
+    assert "transformers" not in run_python(f"import {module}, sys; print(*sys.modules)").split()
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_files_are_small(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -15,8 +15,9 @@ Value = bool | int | float | str
 SHIPPED = ("fast_weights", "plasticity", "sparsity", "learning")
 """Studies that ship: modules of this package, each with a `STUDY`."""
 SHORT: Mapping[str, object] = MappingProxyType({
-    "training.steps": 120, "training.checkpoint_every_steps": 20, "validation.every_steps": 20,
-    "evaluation.gaps_tokens": [0, 1024, 4096], "evaluation.num_examples": 50, "evaluation.perplexity_tokens": 16_384,
+    "training.steps": 80, "training.checkpoint_every_steps": 20,
+    "validation.every_steps": 20, "validation.num_examples": 24,
+    "evaluation.gaps_tokens": [0, 1024, 4096], "evaluation.num_examples": 40, "evaluation.perplexity_tokens": 16_384,
     "cluster.num_workers": 1, "sharding.stage": 0,
 })  # fmt: skip
 """What the shipped studies change of their recipe: shorter runs, one worker each, so that two CPUs run two at a time.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cortex_core.backbone.attention import PREFIX, WRAPPED, attention_pass, capture_hidden
+from cortex_core.backbone.attention import PREFIX, WRAPPED, attention_pass, capture_hidden, same_pass_again
 from cortex_core.config import FastWeightsConfig
 from cortex_core.errors import ConfigError, IncompatibleError
 from cortex_core.fast_weights.sidecar import LayerShape
@@ -139,3 +140,15 @@ def check_sizes(config: FastWeightsConfig, segment_tokens: int, shape: LayerShap
         raise ConfigError(
             f"backbone.segment_tokens = {segment_tokens} exceeds the backbone's window of {window_of(backbone)} tokens"
         )
+
+
+def checkpoint_layers(backbone: PreTrainedModel, first: int) -> None:
+    """Recompute layers in the backward pass instead of keeping their activations, from number `first` up.
+
+    No gradient goes through the layers below it, so nothing of them is kept anyhow.
+    """
+    backbone.activation_checkpointing_enable({"use_reentrant": False, "context_fn": same_pass_again})
+    backbone.disable_input_require_grads()  # or gradients would go down to the embeddings
+    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = layer.training = number >= first  # of it alone: its dropouts stay off

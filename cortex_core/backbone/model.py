@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cortex_core.backbone import sidecar_files
+from cortex_core.backbone import attach, sidecar_files
 from cortex_core.backbone.attach import check_sizes, chosen_layers, find_ports, first_layers, window_of
-from cortex_core.backbone.attention import attention_pass, capture_hidden, same_pass_again, select_positions
+from cortex_core.backbone.attention import attention_pass, capture_hidden, select_positions
 from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.forgetting import forget, tagged
 from cortex_core.backbone.generate import generate
@@ -132,10 +132,7 @@ class Cortex(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
-        self.backbone.activation_checkpointing_enable({"use_reentrant": False, "context_fn": same_pass_again})
-        for module in self.backbone.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # of the layer alone: its dropouts stay off
+        attach.checkpoint_layers(self.backbone, min(self.sidecars_by_layer))
 
     # --- sessions ----------------------------------------------------------------------------------------------------
 

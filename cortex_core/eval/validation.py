@@ -10,13 +10,11 @@ import torch
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import EvaluationConfig, ValidationConfig
+from cortex_core.eval.metric_names import LOSS, RECALL
 from cortex_core.eval.reach import Hits, recall
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.mixture import build_task
 from cortex_core.tasks.vocabulary import TaskVocabulary
-
-LOSS, RECALL = "validation/loss_nats", "validation/recall"
-"""Names of the metrics: negative log-likelihood of an answer's tokens (nats); share of answers exactly right."""
 
 
 @dataclass(frozen=True)

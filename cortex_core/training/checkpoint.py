@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cortex_core.errors import DataError
-from cortex_core.training.loop import Learner
+
+if TYPE_CHECKING:  # whoever looks for checkpoints need not wait for transformers
+    from cortex_core.training.loop import Learner
 
 SCHEMA = "cortex-checkpoint/2"
 TENSORS, COUNTERS = "training.safetensors", "training.json"

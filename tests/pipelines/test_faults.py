@@ -33,6 +33,8 @@ from tests.pipelines.test_train import (
     ROOT,
     TWO,
     events,
+    events,
+    happened,
     has_checkpoint,
     in_mlflow,
     logged_once,
@@ -134,6 +136,33 @@ class Command:
         """What it has said, when it has ended well."""
         assert self.process.wait(timeout=240) == 0, self.said.read_text()
         return self.said.read_text()
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        victim = train_workers()[-1]
+        killed.append(victim.pid)
+        victim.kill()
+
+    with once(lambda: has_checkpoint(two) and bool(train_workers()), kill):
+        assert train.run(two) == 0
+    said = capsys.readouterr().out
+    assert killed and "tiny: starting the workers again" in said
+    as_if_undisturbed(two, undisturbed)
+    rows = {row["event"]: row for row in events(two)}
+    assert rows["cluster ready"]["workers"] == 2 and rows["cluster ready"]["nodes"] == 1
+    assert happened(two).count("workers started") == 2
+    assert rows["workers started"]["hosts"] == [socket.gethostname()] * 2
+    lost, replaced = rows["worker lost"], rows["worker replaced"]
+    assert lost["host"] == replaced["host"] == socket.gethostname() and lost["reason"] and lost["rank"] in (0, 1)
+    assert happened(two).index("worker lost") < happened(two).index("worker replaced")
+    assert rows["checkpoint loaded"]["step"] >= 1 and rows["checkpoint written"]["step"] == LONG
+    assert happened(two)[-2:] == ["checkpoint written", "finished"], "what came last, before Ray ended"
+    assert "tiny: worker 0 replaced, on " in said or "tiny: worker 1 replaced, on " in said
 
 
 @pytest.mark.nightly

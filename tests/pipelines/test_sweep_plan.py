@@ -69,7 +69,7 @@ def test_what_a_sweep_is_does_not_depend_on_where_it_runs() -> None:
     ("study", "more", "said"),
     [
         ("fastweights", {}, r"fastweights: no such study\. .*Did you mean fast_weights\?"),
-        ("learning", {"overrides": ["validation.every_steps=0"]}, r"validation\.every_steps = 0: must be 1 to 120"),
+        ("learning", {"overrides": ["validation.every_steps=0"]}, r"validation\.every_steps = 0: must be 1 to 80"),
         ("learning", {"overrides": ["cluster.num_workers=0"]}, r"cluster\.num_workers = 0: .* Set cluster\.num_workers=1"),
         ("learning", {"overrides": ["rank"]}, r"'rank' is not an override: write name=value"),
         ("learning", {"trials": 5, "search": "grid"}, r"--trials 5: a grid of this study has 243"),

@@ -12,7 +12,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.search import RESULTS_FILE, Rungs, recorded
 from pipelines.sweep_pictures import Axis, parallel_coordinates, sensitivity
 from pipelines.sweep_plan import SweepPlan, plan

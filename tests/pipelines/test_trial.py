@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cortex_core.errors import DataError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.events import EVENTS_FILE
 from pipelines.mailbox import Mailboxes
 from pipelines.metric_log import latest

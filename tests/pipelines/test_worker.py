@@ -18,11 +18,11 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import DataError, IncompatibleError
-from cortex_core.eval.validation import LOSS, RECALL
+from cortex_core.eval.metric_names import LOSS, RECALL
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
 from pipelines import worker
-from pipelines.config import SIDECARS_FOLDER, RunConfig
-from pipelines.worker import EVALUATION, Edge
+from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
+from pipelines.worker import Edge
 from tests import tiny
 
 STEPS, EVERY = 6, 2
@@ -86,8 +86,8 @@ def test_reports_come_in_the_order_of_the_phases(straight: Keeper) -> None:
 
 
 def test_checkpoints_come_when_due_and_the_last_one_holds_the_evaluation(straight: Keeper) -> None:
-    whole = sorted([SIDECARS_FOLDER, COUNTERS, TENSORS])
-    assert straight.saved == [(2, whole), (4, whole), (6, whole), (6, sorted([*whole, EVALUATION]))]
+    whole = sorted([COUNTERS, TENSORS])
+    assert straight.saved == [(2, whole), (4, whole), (6, whole), (6, sorted([*whole, SIDECARS_FOLDER, EVALUATION]))]
 
 
 def test_the_last_step_is_saved_even_when_nothing_is_due(tmp_path: Path) -> None:

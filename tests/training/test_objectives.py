@@ -15,6 +15,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.passes import MemoryPass
 from cortex_core.backbone.reading import read_segments
 from cortex_core.backbone.segments import Layout
+from cortex_core.backbone.shape import decoder_layers
 from cortex_core.config import TrainingConfig
 from cortex_core.training.objectives import KL_STRIDE, LEAK_FLOOR, SHORT_SEGMENT, Batch, ReadingLoss
 from tests import tiny
@@ -358,6 +359,20 @@ def test_training_never_touches_the_backbone(checkpointing: bool) -> None:
     assert all(p.grad is None and not p.requires_grad for p in model.backbone.parameters())
     changed = {name for name, p in model.sidecars.named_parameters() if not torch.equal(p, sidecars[name])}
     assert changed == sidecars.keys()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_below_the_memory_compute_once(checkpointing: bool) -> None:
+    """No gradient goes through them, so nothing of theirs is needed again; the memory's own layer is computed again."""
+    model = tiny.model(tiny.MEMORY.model_copy(update={"layers": (1,)}), open_gates=True)
+    if checkpointing:
+        model.checkpoint_gradients()
+    calls = [0, 0]
+    for number, layer in enumerate(decoder_layers(model.backbone)):
+        layer.self_attn.register_forward_pre_hook(lambda *_, at=number: calls.__setitem__(at, calls[at] + 1))  # type: ignore[union-attr]
+    config = tiny.training(in_window_batch_size=4)
+    tiny.train(tiny.learner(config, model), tiny.batches(config), 1)
+    assert calls[1] - calls[0] == (2 if checkpointing else 0)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ STATE_S = 5.0
 def sweep_killed_and_restored(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """Seconds that `cortex tune` takes for 16 trials of the demo, its driver killed by SIGKILL once on the way.
 
-    Rank x decay x learning rate, 120 steps, ASHA. The command is started again; the second row counts finished trials
+    Rank x decay x learning rate, 80 steps, ASHA. The command is started again; the second row counts finished trials
     that were then done again.
     All of the time counts, from the first start of the command to the end of the second. The trials run side by side, one
     worker each, as many as this machine has CPUs.
