@@ -280,6 +280,38 @@ def test_a_run_goes_on_with_the_workers_that_fit(
 
 
 @pytest.mark.nightly
+def test_with_too_few_nodes_left_it_ends_in_one_line_and_goes_on_with_fewer(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], cluster_of_two: Cluster, undisturbed: RunConfig
+) -> None:
+    mlflow_database(tmp_path)
+    there = {
+        "cluster__address": cluster_of_two.address, "cluster__cpus_per_worker": 1.0,
+        "cluster__min_workers": 2, "cluster__worker_start_timeout_s": 15.0,
+    }  # fmt: skip
+    config = tiny.run_config(tmp_path, **TWO | there)
+    first = Command(config)
+    try:
+        first.wait_until(lambda: has_checkpoint(config))
+        lost = next(node for node in cluster_of_two.worker_nodes if hosts(node, "RayTrainWorker"))
+        cluster_of_two.remove_node(lost, allow_graceful=False)
+        assert first.process.wait(timeout=240) == 2, first.said.read_text()
+    finally:
+        first.process.kill()
+    said = first.said.read_text().splitlines()
+    assert said[-1].startswith("cortex: cluster.min_workers = 2: the Ray cluster had room for 1 for 15 s"), said
+    assert not [line for line in said if "Traceback" in line]
+    second = Command(tiny.run_config(tmp_path, **TWO | there | {"cluster__min_workers": 1}))
+    try:
+        said = second.end()
+    finally:
+        second.process.kill()
+    assert re.match(r"Resuming tiny in .*, from step \d+\n", said) and "\n1 of 2 workers\n" in said
+    logged_once(config, LONG)
+    assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-4)
+    assert tiny.furthest(sidecars(config), sidecars(undisturbed)) < 1e-4
+
+
+@pytest.mark.nightly
 def test_a_worker_that_hangs_is_named_and_replaced(
     two: RunConfig, undisturbed: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
