@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -24,6 +24,8 @@ from pipelines.config import ClusterConfig
 OBJECT_STORE_BYTES = 256 * 2**20
 """For a Ray started here: only the training function, configurations and metrics pass through it."""
 ANSWER_TIMEOUT_S = 5.0
+GROW_EVERY_S = 60.0
+"""Between two looks at whether a run with fewer workers than it may have has room for more."""
 
 
 @contextmanager
@@ -89,8 +91,13 @@ def environment(cluster: ClusterConfig, address: str | None) -> dict[str, str]:
 
 def scaling(cluster: ClusterConfig) -> ScalingConfig:
     """What Ray Train reserves."""
-    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
-    return ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=each)
+    workers = cluster.num_workers if cluster.min_workers is None else (cluster.min_workers, cluster.num_workers)
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=cluster.use_gpu,
+        resources_per_worker=share(cluster),
+        elastic_resize_monitor_interval_s=GROW_EVERY_S,
+    )
 
 
 def failure(cluster: ClusterConfig) -> FailureConfig:
@@ -110,9 +117,17 @@ def room(cluster: ClusterConfig) -> int | None:
     """Workers that the connected cluster has room for side by side; None if it grows on demand."""
     if cluster.autoscaling or ray_state.get_max_resources_from_cluster_config():
         return None
-    each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(kind, 0) / share + 1e-9) for kind, share in each.items()) for node in nodes)
+    return fitting((node["Resources"] for node in ray.nodes() if node["Alive"]), share(cluster))
+
+
+def fitting(nodes: Iterable[Mapping[str, float]], each: Mapping[str, float]) -> int:
+    """Workers that nodes with these resources have room for; a worker needs all of its share on one node."""
+    return sum(min(int(node.get(kind, 0) / part + 1e-9) for kind, part in each.items()) for node in nodes)
+
+
+def share(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker reserves."""
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.use_gpu else {})
 
 
 def num_nodes() -> int:
@@ -187,20 +202,20 @@ def _check_cluster(cluster: ClusterConfig) -> None:
 
 def _check_fits(cluster: ClusterConfig, nodes: list[dict[str, Any]], there: str) -> None:
     """A worker needs all of its share on one node."""
-    workers, each = cluster.num_workers, cluster.cpus_per_worker
+    (name, workers), each = cluster.needed_workers, cluster.cpus_per_worker
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if cluster.use_gpu and gpus < workers:
-        fewer = f"cluster.num_workers={gpus}, or " if gpus else ""
+        fewer = f"{name}={gpus}, or " if gpus else ""
         raise ConfigError(
-            f"cluster.use_gpu = true: cluster.num_workers = {workers} needs {workers} GPUs, one each, "
+            f"cluster.use_gpu = true: {name} = {workers} needs {workers} GPUs, one each, "
             f"but {there} {gpus}. Set {fewer}cluster.use_gpu=false"
         )
     room = sum(int(node.get("CPU", 0) / each + 1e-9) for node in nodes)
     if room < workers:
         cpus = sum(node.get("CPU", 0) for node in nodes)
-        fewer = f"cluster.num_workers={room} or less, or " if room else ""
+        fewer = f"{name}={room} or less, or " if room else ""
         raise ConfigError(
-            f"cluster.num_workers = {workers}: with cluster.cpus_per_worker = {each:g}, {there} room for "
+            f"{name} = {workers}: with cluster.cpus_per_worker = {each:g}, {there} room for "
             f"{room} ({cpus:g} CPUs). Set {fewer}cluster.cpus_per_worker lower: "
             "it is a reservation, CPUs can be shared"
         )

@@ -54,6 +54,9 @@ class ClusterConfig(Settings):
     """The cluster that is joined adds nodes on demand: workers may ask for more than it has now."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Data-parallel workers, one process each; 0 runs in this process, without Ray."""
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    """Fewest workers that the run may go on with when nodes are lost or not yet there; null: `num_workers`, always. Of
+    the numbers in between it takes those that share every batch evenly. It grows again when there is room."""
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = 1.0
     """CPUs that Ray reserves for each worker. A reservation, not a limit: threads are `worker_threads`."""
     use_gpu: bool = False
@@ -69,6 +72,23 @@ class ClusterConfig(Settings):
     as failed. Loading, first steps and the evaluation are not watched, nor is a run without workers."""
     storage_path: str | None = None
     """Folder or URI that every node sees, for Ray's checkpoints; None is `out_dir`, enough on one machine."""
+
+    @property
+    def needed_workers(self) -> tuple[str, int]:
+        """How many workers there must be room for, after the setting that says so."""
+        if self.min_workers is None:
+            return "cluster.num_workers", self.num_workers
+        return "cluster.min_workers", self.min_workers
+
+    @model_validator(mode="after")
+    def fewest_are_no_more_than_all(self) -> ClusterConfig:
+        """A range has its lower end below."""
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers = {self.min_workers}: must be at most {self.num_workers}, num_workers. "
+                "Lower it, raise num_workers, or leave it out: min_workers=null"
+            )
+        return self
 
 
 class ShardingConfig(Settings):
@@ -160,16 +180,30 @@ class RunConfig(Settings):
         """MLflow's store. Absolute, because Ray's workers run in another folder."""
         return self.tracking.uri or f"sqlite:///{Path(self.out_dir).absolute() / DATABASE_FILE}"
 
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have, ascending: with each, all get as many rows in every micro-batch."""
+        training, (_, fewest) = self.training, self.cluster.needed_workers
+        sizes = (training.batch_size, training.in_window_batch_size)
+        return tuple(
+            workers
+            for workers in range(max(fewest, 1), max(self.cluster.num_workers, 1) + 1)
+            if not any(size % (workers * training.accumulation_steps) for size in sizes)
+        )
+
     @model_validator(mode="after")
     def batches_divide_evenly(self) -> RunConfig:
         """Every worker gets as many rows in every micro-batch, or gradients would be weighted wrongly."""
-        workers, steps = max(self.cluster.num_workers, 1), self.training.accumulation_steps
-        parts, names = workers * steps, ("batch_size", "in_window_batch_size")
+        cluster, steps = self.cluster, self.training.accumulation_steps
+        bounds = {"cluster.min_workers": cluster.min_workers, "cluster.num_workers": max(cluster.num_workers, 1)}
+        bounds = {name: workers for name, workers in bounds.items() if workers is not None}
+        parts, names = math.lcm(*bounds.values()) * steps, ("batch_size", "in_window_batch_size")
         uneven = {f"training.{name}": size for name in names if (size := getattr(self.training, name)) % parts}
         if uneven:
             raise ValueError(
                 f"{' and '.join(f'{name} = {size}' for name, size in uneven.items())}: must be a multiple of {parts} "
-                f"(cluster.num_workers = {workers} x training.accumulation_steps = {steps}). Set "
+                f"({' and '.join(f'{name} = {workers}' for name, workers in bounds.items())} x "
+                f"training.accumulation_steps = {steps}). Set "
                 f"{' '.join(f'{name}={math.ceil(size / parts) * parts}' for name, size in uneven.items())}, "
                 "or change the number of workers"
             )

@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback, ReportCa
 
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import first_whole, newest, step_of
-from pipelines import cluster
+from pipelines import cluster, elastic
 from pipelines.config import RunConfig
 from pipelines.disk import room_for, size_of
 from pipelines.progress import Refusals, run_to_end
@@ -72,6 +72,8 @@ def launch(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    if config.cluster.min_workers is not None:
+        elastic.scale(trainer, config)
     result = run_to_end(trainer, on_interrupt)
     assert result.checkpoint is not None
     local = run.checkpoints / "result"

@@ -19,6 +19,7 @@ from cortex_core.backbone.shape import Shape, shard_numel, state_bytes
 from cortex_core.training.rehearsal import Timeline
 from pipelines.config import RunConfig
 from pipelines.gpus import Hardware
+from pipelines.zero3 import offload_of
 
 COPIES = 5
 """Of the sidecars' weights, without DDP's buckets: weights, gradients, two moments, average."""
@@ -48,7 +49,7 @@ class Memory(NamedTuple):
     session_bytes: int
     """State that a session keeps of one sequence; not part of the total."""
     host_bytes: int
-    """Memory of a node that offloaded shards take; not part of the total."""
+    """Memory of a node, or disk, that offloaded shards take; not part of the total."""
 
     def fits(self, hardware: Hardware) -> bool:
         return self.total_bytes <= hardware.gpu.memory_bytes
@@ -57,7 +58,7 @@ class Memory(NamedTuple):
 def memory_of(config: RunConfig, shape: Shape, timeline: Timeline, hardware: Hardware) -> Memory:
     """Bytes of one GPU at the fullest moment of a step. `timeline` is of whole runs of layers (`Timeline.whole`)."""
     workers, element = hardware.workers, shape.dtype.itemsize
-    sharded, offloaded = config.sharding.stage == 3, config.sharding.offload == "cpu"
+    sharded, offloaded = config.sharding.stage == 3, offload_of(config.sharding) != "none"
     shards = shard_numel(shape.units, workers if sharded else 1) * element
     sidecars = sum(p.numel() * p.element_size() for p in shape.model.sidecars.parameters())
     gathers = sharded and (workers > 1 or offloaded)

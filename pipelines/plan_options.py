@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cortex_core.errors import ConfigError
 from pipelines.cli import Parser
 from pipelines.gpus import GPUS, Gpu, Hardware
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
 
 EPILOG = f"""\
 Nothing is loaded: the backbone is built without its weights, and one training step is rehearsed on tensors
@@ -41,10 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     from pipelines.preflight import check_against_backbone
 
     workers = workers_of(given)
-    shaped = [] if workers is None else [f"cluster.num_workers={workers}"]
+    shaped = [] if workers is None else [f"cluster.num_workers={workers}", "cluster.min_workers=null"]
     config = load_config(given.recipe, [*given.overrides, *shaped])
     hardware = hardware_of(given, config.cluster.num_workers)
     check_against_backbone(config, whole=False)
+    check_disk(located(config), given.host_gb_s)
     from pipelines import plan
 
     return plan.run(located(config), hardware, as_json=given.json)
@@ -72,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--tflops", "dense TFLOP/s of the type that is computed in"),
         ("--memory-gb-s", "bandwidth of its memory, GB/s"),
         ("--link-gb-s", "to the other GPUs of the node, one direction, GB/s"),
-        ("--host-gb-s", "from the memory of the node, for sharding.offload=cpu, GB/s"),
+        ("--host-gb-s", "from the memory of the node, or its disk, for offloaded weights, GB/s"),
     ):
         own.add_argument(name, type=_positive, metavar="X", help=text)
     rest = parser.add_argument_group("assumptions")
@@ -85,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
         rest.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} [{default:g}]")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser
+
+
+def check_disk(config: RunConfig, host_gb_s: float | None) -> None:
+    """How fast a disk is no list tells. Raises ConfigError where it has to be said, DataError for a file not there."""
+    from pipelines.zero3 import offload_of
+
+    if offload_of(config.sharding) == "nvme" and host_gb_s is None:
+        raise ConfigError(
+            f'sharding.deepspeed = "{config.sharding.deepspeed}": weights rest on a disk, whose speed is not known. '
+            "Give --host-gb-s, the GB/s that each GPU gets from it, or set offload_param.device to cpu in the file"
+        )
 
 
 def workers_of(given: argparse.Namespace) -> int | None:

@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 from pipelines.config import RunConfig
 from pipelines.gpus import Hardware
 from pipelines.plan import Plan, Planner
+from pipelines.zero3 import offload_of
 
 MOST_ROWS = 4096
 """Long sequences side by side on one GPU beyond which no larger batch is looked for."""
 MOST_WORKERS_TIMES = 64
 TRIES = 4
 """Plans by which the largest batch is found: bytes grow almost linearly with it."""
+
+
+OFFLOAD: dict[str, Any] = {"sharding.stage": 3, "sharding.deepspeed": None, "sharding.offload": "cpu"}
 
 
 class Remedy(NamedTuple):
@@ -59,7 +63,7 @@ def remedies(planner: Planner, plan: Plan, largest: int) -> list[Remedy]:
     found = list(_single(planner, plan, largest))
     if any(remedy.plan.fits for remedy in found):
         return found
-    saving: dict[str, Any] = {"training.gradient_checkpointing": True, "sharding.stage": 3, "sharding.offload": "cpu"}
+    saving = {"training.gradient_checkpointing": True} | ({} if _offloaded(plan) else OFFLOAD)
     parts = _parts(plan)
     small = {"training.batch_size": parts, "training.in_window_batch_size": min(parts, _windows(plan))}
     for change in (saving, saving | small):
@@ -79,8 +83,8 @@ def _single(planner: Planner, plan: Plan, largest: int) -> Iterator[Remedy]:
         yield _changed(planner, plan, {"training.gradient_checkpointing": True})
     if sharding.stage == 0 and workers > 1:
         yield _changed(planner, plan, {"sharding.stage": 3})
-    if sharding.offload == "none":
-        yield _changed(planner, plan, {"sharding.stage": 3, "sharding.offload": "cpu"})
+    if not _offloaded(plan):
+        yield _changed(planner, plan, OFFLOAD)
     if plan.dtype == "float32":
         yield _changed(planner, plan, {"backbone.dtype": "bfloat16"})
     if (wider := _more_gpus(planner, plan)) is not None:
@@ -145,7 +149,15 @@ def _differs(plan: Plan, name: str, value: Any) -> bool:
 
 
 def _typed(change: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in change.items()]
+    return [f"{name}={_literal(value)}" for name, value in change.items()]
+
+
+def _literal(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _offloaded(plan: Plan) -> bool:
+    return offload_of(plan.config.sharding) != "none"
 
 
 def _parts(plan: Plan) -> int:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipelines.plan import Plan
 from pipelines.plan_remedies import Remedy
+from pipelines.zero3 import offload_of
 
 WIDTH = 96
 GIB = 2**30
@@ -50,7 +51,7 @@ def _about(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"{nodes}{hardware.gpus_per_node} GPUs of {_gib(hardware.gpu.memory_bytes)}; sharding stage "
-        f"{plan.config.sharding.stage}, offload {plan.config.sharding.offload}, gradient checkpointing "
+        f"{plan.config.sharding.stage}, offload {offload_of(plan.config.sharding)}, gradient checkpointing "
         f"{'on' if training.gradient_checkpointing else 'off'}"
     )
     yield (
@@ -84,7 +85,8 @@ def _memory_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "CUDA context, communication", _gib(memory.context_bytes), ""
     yield "total", _gib(memory.total_bytes), f"of {_gib(hardware.gpu.memory_bytes)}"
     if memory.host_bytes:
-        yield "in the memory of each node", _gib(memory.host_bytes), "offloaded shards"
+        place = "on the disk" if offload_of(plan.config.sharding) == "nvme" else "in the memory"
+        yield f"{place} of each node", _gib(memory.host_bytes), "offloaded shards"
     yield "session, per sequence", f"{memory.session_bytes / 1024:.4g} KiB", "not in the total"
 
 
@@ -102,7 +104,8 @@ def _time_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
             f"{time.gathers}, a layer {time.gathers_per_layer:.3g} times; {_gib(time.gathered_bytes)}",
         )
     if time.host_s:
-        yield "copies from the node's memory", _seconds(time.host_s), ""
+        place = "disk" if offload_of(plan.config.sharding) == "nvme" else "memory"
+        yield f"copies from the node's {place}", _seconds(time.host_s), ""
     yield "all-reduce of gradients", _seconds(time.all_reduce_s), ""
     yield "step, all transfers hidden", _seconds(time.overlapped_s), ""
     yield "step, none hidden", _seconds(time.serial_s), f"nearer to the truth; {time.tokens_per_s:,.0f} tokens/s"

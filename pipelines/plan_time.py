@@ -5,7 +5,7 @@ less than reading the weights of every unit once per visit from the GPU's own me
 
 All-gather of a unit of b bytes over W workers, a ring: each GPU receives b (W - 1) / W over its link; between nodes the
 ring enters each node with as much, over the network of that node. The slower of the two counts. DDP's all-reduce sends
-P (W - 1) / W twice. Offloaded shards come from the node's memory first, b / W on each GPU.
+P (W - 1) / W twice. Offloaded shards come from the node's memory, or disk, first, b / W on each GPU.
 
 A unit is gathered whenever its turn comes after another one's: in every call of the backbone, forward, and backward
 where a gradient goes through it. That is counted in the rehearsal (`Timeline.begins`), not assumed.
@@ -21,6 +21,7 @@ from cortex_core.backbone.shape import Shape
 from cortex_core.training.rehearsal import Timeline
 from pipelines.config import RunConfig
 from pipelines.gpus import Hardware
+from pipelines.zero3 import offload_of
 
 
 class Time(NamedTuple):
@@ -58,7 +59,7 @@ def time_of(config: RunConfig, shape: Shape, timeline: Timeline, hardware: Hardw
     narrow = shape.dtype.itemsize < 4 or config.training.autocast == "bfloat16"
     peak = 1e12 * (gpu.bfloat16_tflops if narrow else gpu.float32_tflops)
     compute = max(flops / (peak * hardware.flops_share), moved / (1e9 * gpu.memory_gb_s * share))
-    sharded, offloaded = config.sharding.stage == 3, config.sharding.offload == "cpu"
+    sharded, offloaded = config.sharding.stage == 3, offload_of(config.sharding) != "none"
     received = moved * (workers - 1) / workers if sharded else 0.0
     sidecars = sum(p.numel() * p.element_size() for p in shape.model.sidecars.parameters())
     gather = received / _bytes_per_s(hardware)

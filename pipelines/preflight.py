@@ -71,21 +71,22 @@ def check_against_machine(config: RunConfig) -> None:
     cluster, cpus = config.cluster, len(os.sched_getaffinity(0))
     if cluster.num_workers == 0 or (cluster.address or os.environ.get("RAY_ADDRESS")):
         return
-    needed = cluster.num_workers * cluster.cpus_per_worker
+    name, workers = cluster.needed_workers
+    needed = workers * cluster.cpus_per_worker
     if needed > cpus:
         fewer = int(cpus / cluster.cpus_per_worker)
-        remedy = f"cluster.num_workers={fewer} or " if fewer else ""
-        remedy += f"cluster.cpus_per_worker={math.floor(100 * cpus / cluster.num_workers) / 100:g}"
+        remedy = f"{name}={fewer} or " if fewer else ""
+        remedy += f"cluster.cpus_per_worker={math.floor(100 * cpus / workers) / 100:g}"
         raise ConfigError(
-            f"cluster.num_workers = {cluster.num_workers} x cluster.cpus_per_worker = "
+            f"{name} = {workers} x cluster.cpus_per_worker = "
             f"{cluster.cpus_per_worker:g}: must be at most {cpus}, the CPUs of this machine. Set "
             f"{remedy}, or cluster.address=auto for a cluster"
         )
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if cluster.use_gpu and cluster.num_workers > gpus and not Path("/dev/dxg").exists():  # WSL has this one
-        remedy = f"Set cluster.num_workers={gpus}" if gpus else "Set cluster.use_gpu=false"
+    if cluster.use_gpu and workers > gpus and not Path("/dev/dxg").exists():  # WSL has this one
+        remedy = f"Set {name}={gpus}" if gpus else "Set cluster.use_gpu=false"
         raise ConfigError(
-            f"cluster.num_workers = {cluster.num_workers} with cluster.use_gpu = true: must be at most "
+            f"{name} = {workers} with cluster.use_gpu = true: must be at most "
             f"{gpus}, the NVIDIA GPUs of this machine. {remedy}, or cluster.address=auto for a cluster"
         )
 

@@ -87,6 +87,7 @@ class Progress:
         self._phase_began = self._said = self._news = time.monotonic()
         self._mailbox: Any = None
         self._seen = 0
+        self._workers: int | None = None
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -171,12 +172,21 @@ class Progress:
             self._begin("starting the workers again")
         if "phase" in report:
             self._begin(PHASES[int(report["phase"])])
+        if "workers" in report:
+            self._as_many(int(report["workers"]), int(report["num_workers"]))
         if damaged := int(report.get("damaged_checkpoints", 0)):
             self._say(_passed_over(damaged, int(report["resumed_step"])))
         if "evaluated_frac" in report:
             self._draw(report["evaluated_frac"], 1.0, "")
         elif "step" in report and self._phase == PHASES[1]:
             self._step(int(report["step"]), report)
+
+    def _as_many(self, workers: int, wanted: int) -> None:
+        """Of a run whose number of workers may change, it is said where it is not what is wanted, or has changed."""
+        if workers != (self._workers or max(wanted, 1)):
+            self._say(f"{workers} of {wanted} workers")
+            self._first = None
+        self._workers = workers
 
     def _begin(self, phase: str) -> None:
         if phase == self._phase:

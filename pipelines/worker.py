@@ -58,7 +58,7 @@ def train(config: RunConfig, edge: Edge) -> None:
     """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints."""
     torch.set_num_threads(config.cluster.worker_threads)
     torch.manual_seed(config.seed)
-    edge.report({"phase": 0.0}, None)
+    edge.report({"phase": 0.0, "workers": edge.world_size, "num_workers": config.cluster.num_workers}, None)
     vocabulary, corpus = _words(config)
     model, shards = build(config)
     batches = _batches(config, vocabulary, corpus)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cortex_core.errors import ConfigError, DataError
+from pipelines.config import ShardingConfig
 
 STAGE_3: dict[str, Any] = {
     "stage": 3,
@@ -56,6 +57,15 @@ def settings(
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
     }
+
+
+def offload_of(sharding: ShardingConfig) -> Literal["none", "cpu", "nvme"]:
+    """Where shards rest between uses, by the setting or by the file. Raises as `read`."""
+    if sharding.deepspeed is None:
+        return sharding.offload
+    given = read(sharding.deepspeed)["zero_optimization"].get("offload_param")
+    device = given.get("device") if isinstance(given, dict) else None
+    return device if device in ("cpu", "nvme") else "none"
 
 
 def read(file: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_workers": 4}, 2, 0,
          "cluster.num_workers = 4: with cluster.cpus_per_worker = 1, this machine has room for 2 (2 CPUs). "
          "Set cluster.num_workers=2 or less, or cluster.cpus_per_worker lower"),
+        ({"num_workers": 8, "min_workers": 4}, 2, 0,
+         "cluster.min_workers = 4: with cluster.cpus_per_worker = 1, this machine has room for 2 (2 CPUs). "
+         "Set cluster.min_workers=2 or less, or"),
+        ({"num_workers": 8, "min_workers": 2, "use_gpu": True}, 8, 1,
+         "cluster.min_workers = 2 needs 2 GPUs, one each, but this machine has 1. Set cluster.min_workers=1, or"),
         ({"num_workers": 1, "cpus_per_worker": 8.0}, 2, 0,
          "cluster.num_workers = 1: with cluster.cpus_per_worker = 8, this machine has room for 0 (2 CPUs). "
          "Set cluster.cpus_per_worker lower"),
@@ -64,6 +69,14 @@ def test_workers_that_cannot_fit_are_refused_before_anything_starts(
 def test_shares_of_a_cpu_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_cpus_here", lambda: 1)
     cluster._check_this_machine(ClusterConfig(num_workers=10, cpus_per_worker=0.1))
+
+
+def test_the_fewest_workers_of_a_range_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.ray_state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    cluster._check_cluster(ClusterConfig(num_workers=8, min_workers=2))
+    with pytest.raises(ConfigError, match=r"cluster\.min_workers = 3: .* this Ray cluster has room for 2 \(2 CPUs\)"):
+        cluster._check_cluster(ClusterConfig(num_workers=8, min_workers=3))
 
 
 def test_a_cluster_that_grows_is_not_judged_by_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +131,8 @@ def test_what_ray_train_is_told() -> None:
     config = ClusterConfig(num_workers=3, cpus_per_worker=2.0, use_gpu=True, max_failures=5)
     scaling = cluster.scaling(config)
     assert scaling.num_workers == 3 and scaling.resources_per_worker == {"CPU": 2.0, "GPU": 1.0}
+    assert not scaling.elasticity_enabled
+    assert cluster.scaling(ClusterConfig(num_workers=3, min_workers=2)).num_workers == (2, 3)
     assert cluster.failure(config).max_failures == cluster.failure(config).controller_failure_limit == 5
 
 

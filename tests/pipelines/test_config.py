@@ -177,6 +177,10 @@ def test_every_wrong_value_gets_its_own_line(tmp_path: Path) -> None:
     [
         (["cluster.num_workers=3"], ["training.batch_size = 16 and training.in_window_batch_size = 4: must be a multiple of 3 (cluster.num_workers = 3 x", "Set training.batch_size=18 training.in_window_batch_size=6,"]),
         (["cluster.num_workers=8"], ["training.in_window_batch_size = 4: must be", "multiple of 8", "Set training.in_window_batch_size=8,"]),
+        (["cluster.min_workers=3", "cluster.num_workers=4"], ["training.batch_size = 16 and training.in_window_batch_size = 4: must be a multiple of 12 (cluster.min_workers = 3 and cluster.num_workers = 4 x", "Set training.batch_size=24 training.in_window_batch_size=12,"]),
+        (["cluster.min_workers=3"], ["cluster.min_workers = 3: must be at most 2, num_workers", "Lower it, raise num_workers, or leave it out: min_workers=null"]),
+        (["cluster.min_workers=1", "cluster.num_workers=0"], ["cluster.min_workers = 1: must be at most 0, num_workers"]),
+        (["cluster.min_workers=0"], ["cluster.min_workers = 0", "at least 1"]),
         (["training.accumulation_steps=5"], ["training.batch_size = 16 and", "accumulation_steps = 5", "multiple of 10", "Set training.batch_size=20 training.in_window_batch_size=10,"]),
         (["training.batch_size=1"], ["training.batch_size = 1:", "multiple of 2", "Set training.batch_size=2,"]),
         (["fast_weights.rule=hebbian"], ["fast_weights.write_strength = 1.0 is beyond the stability bound of rule = 'hebbian': must be at most", "= 0.0302", "Lower write_strength or decay"]),
@@ -274,11 +278,30 @@ VALUES = {
     "evaluation.gaps_tokens": st.lists(st.integers(0, 2**40), min_size=1).map(tuple),
     "cluster.address": st.none() | TEXT,
     "sharding.deepspeed": st.none() | TEXT,
+    "cluster.min_workers": st.none() | st.integers(1, 2),
     "cluster.worker_start_timeout_s": st.floats(0, exclude_min=True, allow_infinity=False),
     "cluster.hang_timeout_s": st.floats(0, 604_800, exclude_min=True),
     "tracking.uri": st.none() | TEXT,
     "tracking.experiment": TEXT,
 }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        ([], (2,)),
+        (["cluster.num_workers=0"], (1,)),
+        (["cluster.min_workers=1", "cluster.num_workers=4"], (1, 2, 4)),
+        (["cluster.min_workers=2", "cluster.num_workers=4", "training.accumulation_steps=2",
+          "training.in_window_batch_size=16"], (2, 4)),
+        (["cluster.min_workers=1", "cluster.num_workers=4", "training.in_window_batch_size=0",
+          "training.batch_size=12"], (1, 2, 3, 4)),
+    ],
+)  # fmt: skip
+def test_a_run_may_have_every_number_of_workers_that_share_its_batches(
+    overrides: list[str], sizes: tuple[int, ...]
+) -> None:
+    assert load_config(None, overrides).world_sizes == sizes
 
 
 @given(st.fixed_dictionaries({}, optional=VALUES))

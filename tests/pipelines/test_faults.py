@@ -33,7 +33,6 @@ from tests.pipelines.test_train import (
     ROOT,
     TWO,
     events,
-    events,
     happened,
     has_checkpoint,
     in_mlflow,
@@ -51,6 +50,9 @@ pytestmark = [
     # mlflow, of pandas, while it logs a table
     pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes:DeprecationWarning"),
 ]
+
+
+SMALL = {"object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +112,12 @@ def on_this_machine(config: RunConfig) -> set[Path]:
 class Command:
     """`cortex train` in a process of its own."""
 
-    def __init__(self, config: RunConfig, **variables: str) -> None:
+    def __init__(self, config: RunConfig, *program: str, **variables: str) -> None:
         self.file, self.said = Path(config.out_dir) / "mine.toml", Path(config.out_dir) / "said"
         self.file.write_text(dump_toml(config))
         with self.said.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.train", str(self.file)], cwd=ROOT, env=os.environ | variables,
+                [sys.executable, *(program or ("-m", "pipelines.train")), str(self.file)], cwd=ROOT, env=os.environ | variables,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -209,17 +211,28 @@ def named(what: str, above: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture
-def cluster_of_three(ray_here: ClusterConfig) -> Iterator[Cluster]:
-    """A head without CPUs, and three nodes of one CPU each; all on this machine, and asking for the session's token."""
-    small = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+@contextlib.contextmanager
+def nodes_here(count: int) -> Iterator[Cluster]:
+    """A head without CPUs, and nodes of one CPU each; all on this machine, and asking for the session's token."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SMALL})
     try:
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, **small)
+        for _ in range(count):
+            cluster.add_node(num_cpus=1, **SMALL)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def cluster_of_three(ray_here: ClusterConfig) -> Iterator[Cluster]:
+    with nodes_here(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster_of_two(ray_here: ClusterConfig) -> Iterator[Cluster]:
+    with nodes_here(2) as cluster:
+        yield cluster
 
 
 @pytest.mark.nightly
@@ -250,6 +263,83 @@ def test_a_node_that_is_gone_is_replaced_by_a_spare_one(
         re.MULTILINE,
     ), said
     as_if_undisturbed(config, undisturbed)
+
+
+IMPATIENT = """
+import sys
+from pipelines import cli, cluster
+cluster.GROW_EVERY_S = 2.0
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_with_the_workers_that_fit(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], cluster_of_two: Cluster
+) -> None:
+    """Two, one when a node has gone, two again when another one has come: the curve has no edge."""
+    alone, out, steps = tmp_path / "alone", tmp_path / "elastic", 2 * LONG
+    for folder in (alone, out):
+        folder.mkdir()
+        mlflow_database(folder)
+    nodes, settings = cluster_of_two, TWO | {"training__steps": steps}
+    expected = tiny.run_config(alone, **settings | {"cluster__num_workers": 0, "sharding__stage": 0})
+    assert train.run(expected) == 0
+    there = {"cluster__address": nodes.address, "cluster__cpus_per_worker": 1.0, "cluster__min_workers": 1}
+    config = tiny.run_config(out, **settings | there)
+    driver = Command(config, "-c", IMPATIENT, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="1")  # so long a step takes
+    try:
+        driver.wait_until(lambda: has_checkpoint(config))
+        working = [node for node in nodes.worker_nodes if hosts(node, "RayTrainWorker")]
+        lost = next(node for node in working if not hosts(node, "TrainController"))
+        nodes.remove_node(lost, allow_graceful=False)
+        before = on_this_machine(config)
+        driver.wait_until(lambda: "\n1 of 2 workers\n" in driver.said.read_text())
+        driver.wait_until(lambda: len(on_this_machine(config) - before) > 1)
+        another = nodes.add_node(num_cpus=1, **SMALL)
+        driver.wait_until(lambda: bool(hosts(another, "RayTrainWorker")))
+        said = driver.end()
+    finally:
+        driver.process.kill()
+    assert len(working) == 2
+    told = re.findall(r"^worker [01] (failed)|^([12]) of 2 workers$", said, re.MULTILINE)
+    assert told == [("failed", ""), ("", "1"), ("", "2")], said
+    assert f"training  step {steps}/{steps} " in said
+    logged_once(config, steps)
+    assert losses(config) == pytest.approx(losses(expected), abs=1e-4)
+    assert tiny.furthest(sidecars(config), sidecars(expected)) < 1e-4
+
+
+@pytest.mark.nightly
+def test_with_too_few_nodes_left_it_ends_in_one_line_and_goes_on_with_fewer(
+    tmp_path: Path, mlflow_database: Callable[[Path], None], cluster_of_two: Cluster, undisturbed: RunConfig
+) -> None:
+    mlflow_database(tmp_path)
+    there = {
+        "cluster__address": cluster_of_two.address, "cluster__cpus_per_worker": 1.0,
+        "cluster__min_workers": 2, "cluster__worker_start_timeout_s": 15.0,
+    }  # fmt: skip
+    config = tiny.run_config(tmp_path, **TWO | there)
+    first = Command(config)
+    try:
+        first.wait_until(lambda: has_checkpoint(config))
+        lost = next(node for node in cluster_of_two.worker_nodes if hosts(node, "RayTrainWorker"))
+        cluster_of_two.remove_node(lost, allow_graceful=False)
+        assert first.process.wait(timeout=240) == 2, first.said.read_text()
+    finally:
+        first.process.kill()
+    said = first.said.read_text().splitlines()
+    assert said[-1].startswith("cortex: cluster.min_workers = 2: the Ray cluster had room for 1 for 15 s"), said
+    assert not [line for line in said if "Traceback" in line]
+    second = Command(tiny.run_config(tmp_path, **TWO | there | {"cluster__min_workers": 1}))
+    try:
+        said = second.end()
+    finally:
+        second.process.kill()
+    assert re.match(r"Resuming tiny in .*, from step \d+\n", said) and "\n1 of 2 workers\n" in said
+    logged_once(config, LONG)
+    assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-4)
+    assert tiny.furthest(sidecars(config), sidecars(undisturbed)) < 1e-4
 
 
 @pytest.mark.nightly

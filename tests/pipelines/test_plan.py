@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from cortex_core.backbone.shape import Unit, shard_numel
@@ -19,11 +20,13 @@ from cortex_core.training.rehearsal import Timeline
 from pipelines import cli, plan_options
 from pipelines.config import RunConfig, load_config
 from pipelines.gpus import GPUS, Hardware
-from pipelines.plan import Planner, batch_shape
+from pipelines.plan import Plan, Planner, batch_shape
 from pipelines.plan_memory import Memory
 from pipelines.plan_remedies import largest_batch, remedies
+from pipelines.plan_table import WIDTH, show
 from pipelines.plan_time import time_of
 
+ROOT = Path(__file__).parents[2]
 QUICK = (
     "demo", "backbone.segment_tokens=32", "fast_weights.rank=8", "training.max_segments=2", "training.batch_size=4",
     "training.filler_windows=0", "tasks.num_pairs=2", "tasks.num_queries=2",
@@ -69,6 +72,38 @@ def test_a_model_that_cannot_be_planned_is_one_line(tmp_path: Path, capsys: pyte
         assert cli.main(["plan", "demo", f"backbone.name={tmp_path}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "backbone.name" in line and said in line
+
+
+def test_a_file_for_deepspeed_says_where_weights_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the node as with the setting; of a disk the speed has to be given."""
+    planner, files = Planner(), ROOT / "cluster" / "deepspeed"
+    name, *settings = QUICK
+
+    def found(*overrides: str) -> Plan:
+        return planner.plan(load_config(name, [*settings, *overrides]), NODE)
+
+    by_setting, by_file = found("sharding.offload=cpu"), found(f"sharding.deepspeed={files}/zero3_cpu_offload.json")
+    assert (by_file.memory, by_file.time) == (by_setting.memory, by_setting.time)
+    assert by_file.memory.host_bytes > 0.0 < by_file.time.host_s
+    assert found(f"sharding.deepspeed={files}/zero3.json").memory == found().memory
+    on_disk = found(f"sharding.deepspeed={files}/zero3_nvme_offload.json")
+    assert (on_disk.memory, on_disk.time) == (by_setting.memory, by_setting.time)
+    show(Console(width=WIDTH), on_disk, 2, ())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "offload nvme" in said and "on the disk of each node" in said and "copies from the node's disk" in said
+
+
+def test_of_a_disk_the_speed_has_to_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = f"sharding.deepspeed={ROOT}/cluster/deepspeed/zero3_nvme_offload.json"
+    for override, said in (
+        (disk, "weights rest on a disk, whose speed is not known. Give --host-gb-s"),
+        (f"sharding.deepspeed={tmp_path}/none.json", "cannot be read"),
+    ):
+        assert cli.main(["plan", *QUICK, override]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    plan_options.check_disk(load_config("demo", [disk]), 2.0)
+    plan_options.check_disk(load_config("demo"), None)
 
 
 def test_the_examples_of_the_help_are_valid() -> None:
@@ -155,6 +190,13 @@ def test_each_remedy_says_whether_it_is_enough() -> None:
     assert not found.pop("sharding.offload=cpu")
     assert found.pop("training.accumulation_steps=8 training.in_window_batch_size=16")
     assert not found
+
+
+def test_a_file_without_offload_gives_way_to_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"zero_optimization": {"stage": 3}}')
+    planner, plan = planned(60, 10, f"sharding.deepspeed={tmp_path}/a.json")
+    changes = [remedy.change for remedy in remedies(planner, plan, largest_batch(planner, plan))]
+    assert "sharding.deepspeed=null sharding.offload=cpu" in changes
 
 
 def test_together_where_nothing_alone_is_enough() -> None:

@@ -204,6 +204,11 @@ def test_more_workers_than_cpus() -> None:
     )  # fmt: skip
     check_against_machine(configured(cluster__num_workers=2 * CPUS, cluster__cpus_per_worker=0.5, **fits))
     check_against_machine(configured(cluster__num_workers=2 * CPUS, cluster__address="auto", **fits))
+    check_against_machine(configured(cluster__num_workers=2 * CPUS, cluster__min_workers=CPUS, **fits))
+    with pytest.raises(
+        ConfigError, match=rf"cluster\.min_workers = {2 * CPUS} x .* Set cluster\.min_workers={CPUS} or "
+    ):
+        check_against_machine(configured(cluster__num_workers=2 * CPUS, cluster__min_workers=2 * CPUS, **fits))
 
 
 def test_a_submitted_job_runs_on_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,17 @@ def test_damaged_checkpoints_are_told(damaged: int, step: int, said: str) -> Non
     assert out.getvalue().splitlines() == ["loading the backbone", said]
 
 
+def test_how_many_workers_there_are_is_told_where_it_is_not_as_wanted() -> None:
+    shown, out = _plain()
+    for workers in (2, 2, 1, 1, 2):
+        shown.show({"phase": 0.0, "workers": workers, "num_workers": 2})
+    assert out.getvalue().splitlines() == ["loading the backbone", "1 of 2 workers", "2 of 2 workers"]
+    for workers, wanted, said in ((1, 0, []), (1, 1, []), (1, 4, ["1 of 4 workers"])):
+        shown, out = _plain()
+        shown.show({"phase": 0.0, "workers": workers, "num_workers": wanted})
+        assert out.getvalue().splitlines() == ["loading the backbone", *said]
+
+
 def test_of_a_worker_that_does_not_answer_the_line_that_says_so_is_shown() -> None:
     shown, out = _plain()
     mailbox = Mailbox()

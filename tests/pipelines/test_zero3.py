@@ -10,7 +10,7 @@ import pytest
 
 from cortex_core.errors import ConfigError, DataError
 from pipelines import zero3
-from pipelines.config import RunConfig, load_config, located
+from pipelines.config import RunConfig, ShardingConfig, load_config, located
 from pipelines.preflight import check_deepspeed
 
 SHIPPED = Path(__file__).parents[2] / "cluster" / "deepspeed"
@@ -98,6 +98,20 @@ def test_a_file_that_cannot_work_gets_one_line(tmp_path: Path, content: object, 
     (line,) = str(error.value).splitlines()
     assert line.startswith(f'sharding.deepspeed = "{file}": ')
     assert [part for part in parts if part not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("content", "device"),
+    [
+        ({}, "none"), ({"offload_param": "auto"}, "none"), ({"offload_param": {}}, "none"),
+        ({"offload_param": {"device": "none"}}, "none"), ({"offload_param": {"device": "cpu"}}, "cpu"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, "nvme"),
+    ],
+)  # fmt: skip
+def test_where_weights_rest(tmp_path: Path, content: dict[str, object], device: str) -> None:
+    file = written(tmp_path, {"zero_optimization": {"stage": 3, **content}})
+    assert zero3.offload_of(configured(file).sharding) == device
+    assert zero3.offload_of(ShardingConfig(offload="cpu")) == "cpu" and zero3.offload_of(ShardingConfig()) == "none"
 
 
 def test_every_key_that_is_refused_names_a_setting() -> None:
