@@ -18,7 +18,8 @@ from pipelines.sweep_pictures import axes_of
 
 def schedules(result: Mapping[str, Any]) -> Figure:
     """A panel per setting, a line per trial: of the weights that it ended with, so lines that meet share their past."""
-    settings, columns = axes_of(result), 2
+    settings = axes_of(result)
+    columns = min(2, len(settings))
     rows = [(place, row) for place, row in enumerate(result["rows"]) if row.get("schedule")]
     with matplotlib.rc_context(STYLE):
         figure, grid = panel_grid(

@@ -72,7 +72,7 @@ def search(plan: SweepPlan, parent: TrackedRun, mailboxes: Any, concurrent: int,
         # Room is counted in workers, and given by `concurrent`: a trial that held CPUs while its workers wait for them
         # would wait for ever. It is pinned where the driver is, which does not go away. Of a population all trials are
         # there from the start: its room is a share of that node.
-        tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 0.99 / concurrent if population else 0.001}]),
+        tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 9900 // concurrent / 10_000 if population else 0.001}]),
     )
     with _exported(QUIET), _sigterm_as_ctrl_c(parent):
         if any(root.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(root)):
@@ -104,10 +104,8 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> tune.TuneConfig:
     results = str(plan.config.run_dir / RESULTS_FILE)
     every = plan.config.validation.every_steps
     grace = max(every, round(GRACE_FRAC * steps / every) * every)
-    algorithm, scheduler = (
-        BasicVariantGenerator(random_state=plan.config.seed, max_concurrent=concurrent),
-        FIFOScheduler(),
-    )
+    algorithm = BasicVariantGenerator(random_state=plan.config.seed, max_concurrent=concurrent)
+    scheduler = FIFOScheduler()
     if study.search == "tpe":
         algorithm = OptunaSearch(seed=plan.config.seed)
     if study.search == "pbt":

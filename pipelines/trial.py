@@ -136,11 +136,11 @@ class Trial(Trainable):
             self._run_id = tracked.run_id
             newest = record.newest_checkpoint()
             since = (step_of(newest) if newest else None) or 0
-            if self._waits:
-                self._say_sample(tracked, since)
             if since >= self._until and not self._whole:  # an earlier part of the sweep has not heard of it
                 tracked.finish("KILLED")
                 return
+            if self._waits:
+                self._say_sample(tracked, since)
             post = Post(self._mailboxes, self._box)
             try:
                 finished = launch(

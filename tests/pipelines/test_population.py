@@ -225,7 +225,7 @@ evaluation.num_examples = 6
 evaluation.perplexity_tokens = 1024
 cluster.cpus_per_worker = 0.5
 [space]
-optimizer.output_learning_rate = { low = 1e-3, high = 300.0, log = true }
+optimizer.output_learning_rate = { low = 1e-11, high = 1e6, log = true }
 """
 OUTPUT_RATE = "optimizer.output_learning_rate"
 
@@ -266,7 +266,7 @@ def _tracked(uri: str, row: dict[str, Any], good: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     run = client.get_run(row["mlflow_run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["sweep.weights_of"] == f"{good} at step 3"
-    assert float(run.data.params[OUTPUT_RATE]) > 1.0
+    assert float(run.data.params[OUTPUT_RATE]) < 1e-4
     history = client.get_metric_history(run.info.run_id, f"sample/{OUTPUT_RATE}")
     assert [(point.step, point.value) for point in history] == [
         (0, pytest.approx(float(run.data.params[OUTPUT_RATE]))), (3, pytest.approx(row["sample"][OUTPUT_RATE])),
