@@ -12,7 +12,7 @@ from rich.console import Console
 from cortex_core.eval.metric_names import LOSS, RECALL
 from pipelines.config import RunConfig
 from pipelines.progress import line_printer
-from pipelines.search import RESULTS_FILE
+from pipelines.sweep_record import RESULTS_FILE, exchanges
 from pipelines.trial import ENDED
 
 FAILURES_FILE = "failures.jsonl"
@@ -30,8 +30,14 @@ class Follower(tune.Callback):
         self._name, self._total, self._steps = config.name, total, config.training.steps
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called when a trial begins, or goes on."""
-        self._say(trials, trial, "  ".join(f"{name}={shown(value)}" for name, value in trial.config.items()))
+        """Called when a trial begins, or goes on. One of a population goes on after each validation."""
+        sample = "  ".join(f"{name}={shown(value)}" for name, value in trial.config.items())
+        made = exchanges(self._results.parent)
+        if not made:
+            self._say(trials, trial, sample)
+        for clone in made[-1].clones if made else ():
+            if clone.trial == trial.trial_id:
+                self._say(trials, trial, f"takes over the weights of {clone.source}: {sample}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -39,8 +39,11 @@ def launch(
     callbacks: Sequence[RayTrainCallback],
     sidecars: Path | None = None,
     on_interrupt: Callable[[], None] = lambda: None,
+    until_step: int | None = None,
 ) -> Path:
     """Run a job to its end, from its last checkpoint. Returns a local folder with the files of its last report.
+
+    Training ends at `until_step` if that is given, with a checkpoint and without the evaluation.
 
     Raises what the workers raised when `cluster.max_failures` is used up, KeyboardInterrupt on
     Ctrl-C; `on_interrupt` is called before the workers are stopped, which takes seconds.
@@ -51,7 +54,7 @@ def launch(
     storage = config.cluster.storage_path or str(run.checkpoints)
     settings = {
         "job": job, "config": config.model_dump_json(), "sidecars": str(sidecars) if sidecars else None,
-        "without_ray": without_ray, "storage": storage,
+        "without_ray": without_ray, "storage": storage, "until_step": until_step,
     }  # fmt: skip
     if config.cluster.num_workers == 0:
         return _in_this_process(settings, run, callbacks)
@@ -181,6 +184,6 @@ def _do(settings: dict[str, Any], edge: Edge) -> None:
 
     config = RunConfig.model_validate_json(settings["config"])
     if settings["job"] == "train":
-        worker.train(config, edge)
+        worker.train(config, edge, settings["until_step"])
     else:
         worker.evaluate(config, edge, Path(settings["sidecars"]))

@@ -108,7 +108,7 @@ def open_run(config: RunConfig) -> tuple[Run, bool]:
     lost; otherwise ConfigError is raised.
     """
     folder = config.run_dir
-    before = _read(folder)
+    before = read_run(folder)
     resumed = before is not None and before.state != "FINISHED"
     if before is not None and resumed:
         resumed = not _differences(before, config)
@@ -125,7 +125,7 @@ def open_run(config: RunConfig) -> tuple[Run, bool]:
 
 def finished_run(config: RunConfig) -> Run | None:
     """The run whose result the folder holds, if it had these settings: all that decide what is learned or asked."""
-    record = _read(config.run_dir)
+    record = read_run(config.run_dir)
     if record is None or record.state != "FINISHED" or not (config.run_dir / CONFIG_FILE).is_file():
         return None
     then, now = (
@@ -135,7 +135,28 @@ def finished_run(config: RunConfig) -> Run | None:
     return record if then == now else None
 
 
-def _read(folder: Path) -> Run | None:
+def take_over(config: RunConfig, other: Path, attempt: int) -> None:
+    """The run that `config` names goes on from the newest checkpoint of the one in folder `other`, under `config`.
+
+    That is its next `attempt`, and in MLflow still the same run. If it has that many by now, nothing is done. Call it
+    while nobody works on either; both must have begun, and the other have a checkpoint.
+    """
+    before, source = read_run(config.run_dir), read_run(other)
+    assert before is not None and source is not None
+    if before.attempt >= attempt:
+        return
+    run, newest = Run(config.run_dir, attempt, "KILLED", before.mlflow_run_id), source.newest_checkpoint()
+    assert newest is not None
+    storage = run.checkpoints / run.storage_name
+    shutil.rmtree(storage, ignore_errors=True)
+    shutil.copytree(newest, storage / LAST)
+    run.config_file.write_text(dump_toml(config))
+    run.update()  # from here on it is so
+    shutil.rmtree(before.checkpoints / before.storage_name, ignore_errors=True)
+
+
+def read_run(folder: Path) -> Run | None:
+    """What a run's folder says of its last attempt; None if it holds no run. Raises DataError."""
     file = folder / STATE_FILE
     if not file.is_file():
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -19,15 +18,15 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cortex_core.eval.metric_names import LOSS
 from pipelines.actors import HEAD
+from pipelines.population import Population
 from pipelines.sweep_plan import SweepPlan
+from pipelines.sweep_record import RESULTS_FILE, earlier
 from pipelines.tracking import TrackedRun
 from pipelines.trial import Trial
 from tune_spaces.study import Choice, Domain, Real
 
 TUNE_FOLDER = "tune"
 """Ray Tune's own state, in the sweep's folder. It is pickled: go on only with folders that nobody else may write to."""
-RESULTS_FILE = "results.jsonl"
-"""Every validation of every trial, a line each, as it came."""
 REDUCTION, GRACE_FRAC = 3, 0.4
 """ASHA's: of the trials at a rung, one in three goes on. None is judged before two fifths of the steps or so are done:
 by default, training is on short segments until then."""
@@ -58,39 +57,23 @@ class Rungs(ASHAScheduler):
             self._trial_info[trial.trial_id].on_result(trial, result["step"], self._metric_op * result[LOSS])
 
 
-def earlier(results: Path, trial: str) -> list[dict[str, Any]]:
-    """A trial's validations on record, in order."""
-    return [result for result in recorded(results) if result["trial"] == trial]
-
-
-def recorded(results: Path) -> list[dict[str, Any]]:
-    """All validations on record. A last line that was cut off is left out; of a step that was done again, the later."""
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    try:
-        text = results.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            result = json.loads(line)
-            lines[result["trial"], result["step"]] = result
-        except (ValueError, KeyError, TypeError):
-            continue
-    return list(lines.values())
-
-
 def search(plan: SweepPlan, parent: TrackedRun, mailboxes: Any, concurrent: int, follower: tune.Callback) -> bool:
     """Run the trials that have not ended. Returns whether all have; False after Ctrl-C or SIGTERM."""
     for name in ("ray.tune", "ray.train", "optuna"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    root = plan.config.run_dir / TUNE_FOLDER
+    root, population = plan.config.run_dir / TUNE_FOLDER, plan.study.search == "pbt"
     trainable = tune.with_resources(
         tune.with_parameters(
-            Trial, sweep=plan.config.model_dump_json(), mailboxes=mailboxes, parent_run_id=parent.run_id
+            Trial,
+            sweep=plan.config.model_dump_json(),
+            mailboxes=mailboxes,
+            parent_run_id=parent.run_id,
+            waits=population,
         ),
         # Room is counted in workers, and given by `concurrent`: a trial that held CPUs while its workers wait for them
-        # would wait for ever. It is pinned where the driver is, which does not go away.
-        tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 0.001}]),
+        # would wait for ever. It is pinned where the driver is, which does not go away. Of a population all trials are
+        # there from the start: its room is a share of that node.
+        tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 9900 // concurrent / 10_000 if population else 0.001}]),
     )
     with _exported(QUIET), _sigterm_as_ctrl_c(parent):
         if any(root.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(root)):
@@ -123,14 +106,20 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> tune.TuneConfig:
     every = plan.config.validation.every_steps
     grace = max(every, round(GRACE_FRAC * steps / every) * every)
     algorithm = BasicVariantGenerator(random_state=plan.config.seed, max_concurrent=concurrent)
+    scheduler = FIFOScheduler()
     if study.search == "tpe":
         algorithm = OptunaSearch(seed=plan.config.seed)
+    if study.search == "pbt":
+        algorithm = BasicVariantGenerator(random_state=plan.config.seed)
+        scheduler = Population(plan.config.model_dump_json(), study.space, study.num_trials)
+    elif plan.stop_early and grace < steps:
+        scheduler = Rungs(results, steps, grace)
     return tune.TuneConfig(
         metric=LOSS,
         mode="min",
         num_samples=1 if study.search == "grid" else study.num_trials,
         search_alg=algorithm,
-        scheduler=Rungs(results, steps, grace) if plan.stop_early and grace < steps else FIFOScheduler(),
+        scheduler=scheduler,
         max_concurrent_trials=concurrent if study.search == "tpe" else None,
         reuse_actors=True,
         trial_dirname_creator=_folder_name,

@@ -13,8 +13,9 @@ from pipelines.follow import shown
 from pipelines.report_page import folded, framed, heading, svg
 
 
-def page(result: Mapping[str, Any], lines: Figure, panels: Figure) -> str:
-    """`result` is what `sweep_table.sweep_result` returns; the figures are those of `sweep_pictures`."""
+def page(result: Mapping[str, Any], lines: Figure, panels: Figure, changes: Figure | None = None) -> str:
+    """`result` is what `sweep_table.sweep_result` returns; the figures are those of `sweep_pictures` and
+    `schedule_picture`."""
     sweep, created = escape(result["sweep"]), escape(result["created"])
     parts = [
         heading("Cortex sweep", sweep, created),
@@ -22,6 +23,7 @@ def page(result: Mapping[str, Any], lines: Figure, panels: Figure) -> str:
         "<h2>Every trial</h2>",
         svg(lines, "Every trial as a line across its settings to its validation loss"),
         _trials(result["space"], result["rows"]),
+        *([] if changes is None else _schedule(result, changes)),
         "<h2>What each setting does</h2>",
         svg(panels, "Validation loss against each setting"),
         _reading(result),
@@ -50,6 +52,24 @@ def _trials(space: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return f"<div class=scroll><table><thead><tr>{names}<tbody>{''.join(lines)}</table></div>"
 
 
+def _schedule(result: Mapping[str, Any], changes: Figure) -> list[str]:
+    """How the best trial's weights came about, and the picture for all."""
+    best, lines = result["rows"][0], []
+    heads = "".join(
+        f"<th scope=col>{escape(name.rpartition('.')[2])}" for name in ("to step", "trial", *result["space"])
+    )
+    for part in best.get("schedule", []):
+        values = [escape(shown(part["sample"].get(name))) for name in result["space"]]
+        cells = "".join(f"<td>{cell}" for cell in (escape(part["trial"]), *values))
+        lines.append(f"<tr><th scope=row>{part['step']:,}{cells}")
+    return [
+        "<h2>What the settings became</h2>",
+        svg(changes, "Every setting against the step, for each trial"),
+        f"<p>The way to the weights of {escape(best['trial'])}, the first in the table:</p>",
+        f"<div class=scroll><table><thead><tr>{heads}<tbody>{''.join(lines)}</table></div>",
+    ]
+
+
 def _reading(result: Mapping[str, Any]) -> str:
     asked = result["validation"]
     gaps = " and ".join(f"{gap:,}" for gap in asked["gaps_tokens"])
@@ -57,6 +77,10 @@ def _reading(result: Mapping[str, Any]) -> str:
     if result["stop_early"]:
         early = f"""<li>Trials that did worse than others after as many steps were stopped early (ASHA). Losses of
 different steps do not compare: where settings are compared, it is after step {common}, which all have reached."""
+    if result["search"] == "pbt":
+        early = """<li>At each validation the worst quarter of the trials took over the weights of the best, with
+settings near theirs (population-based training). The table and the other pictures show a trial's last settings: its
+loss is not theirs alone. What is worth repeating is the schedule."""
     return f"""<h2>How to read this</h2>
 <ul>
 <li>Trials are compared by their validation loss: how unlikely the right answer was, in nats per token, {gaps} tokens

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from cortex_core.errors import ConfigError, DataError
 from pipelines.config import RunConfig, load_config
@@ -23,6 +23,16 @@ from tune_spaces.study import SHIPPED, SHORT, Choice, Search, Study, domain
 TRIALS_FOLDER = "trials"
 """In the sweep's folder: a run per trial."""
 _NOT_SWEPT = {"name", "out_dir", "cluster", "tracking", "validation", "evaluation"}
+_MOVED_IN_TRAINING = {
+    "read_strength",
+    "write_noise",
+    "kl_weight",
+    "sparsity_weight",
+    "sparsity_margin",
+    "filler_windows",
+}
+_MOVED = {"optimizer"} | {f"training.{name}" for name in _MOVED_IN_TRAINING | {"ema_decay"}}
+"""What a checkpoint can go on with when it changes: neither a shape, nor the data, nor what has happened by now."""
 _KEYS = {"about", "recipe", "overrides", "space", "search", "num_trials", "grid_points"}
 
 
@@ -74,7 +84,7 @@ def plan(
         overrides: `name=value` as typed, for all trials; one that the study varies is not varied any more.
         trials: how many; None is the study's number. A grid has a trial per point.
         search: how values are drawn; None is the study's way.
-        stop_early: whether poor trials are stopped.
+        stop_early: whether poor trials are stopped. Never with `pbt`, where they go on from good ones.
         concurrent: trials at a time, at most.
 
     Raises:
@@ -95,6 +105,7 @@ def plan(
     recipe = find_recipe(chosen.recipe)
     typed = {name: parse_text(RunConfig, name, text) for name, text in _split(overrides)}
     named = {"name": chosen.name} | typed
+    stop_early = stop_early and chosen.search != "pbt"
     made = SweepPlan(
         chosen, load_config(recipe, dict(chosen.overrides) | named), load_config(recipe, named), stop_early, concurrent
     )
@@ -144,8 +155,9 @@ def read(path: Path) -> Study:
     for name, kind in kinds.items():
         if name in given and not (isinstance(given[name], kind) and given[name]):
             raise ConfigError(f"{path}: {name} = {given[name]!r}: must be {kind.__name__}, not empty or 0")
-    if given.get("search", "tpe") not in ("tpe", "random", "grid"):
-        raise ConfigError(f"{path}: search = {given['search']!r}: must be tpe, random or grid")
+    ways = get_args(Search)
+    if given.get("search", "tpe") not in ways:
+        raise ConfigError(f"{path}: search = {given['search']!r}: must be {', '.join(ways[:-1])} or {ways[-1]}")
     return Study(
         path.stem, given.get("about", path.stem), space, given.get("recipe", "demo"),
         dict(SHORT) | _flat(given.get("overrides", {})),
@@ -192,3 +204,31 @@ def _check(of: SweepPlan) -> None:
         )
     if of.config.cluster.num_workers == 0:
         raise ConfigError("cluster.num_workers = 0: a sweep runs trials side by side on Ray. Set cluster.num_workers=1")
+    if of.study.search == "pbt":
+        _check_population(of)
+
+
+def _check_population(of: SweepPlan) -> None:
+    """Trials can take over one another's weights, and have something to learn with them."""
+    kept = [name for name in of.study.space if not {name, name.partition(".")[0]} & _MOVED]
+    if kept:
+        raise ConfigError(
+            f"study {of.study.name}: {', '.join(kept)}: pbt changes settings while a run goes on, and weights do not "
+            f"outlive a change of {'this one' if len(kept) == 1 else 'these'}. Give a value for all trials, e.g. "
+            f"{kept[0]}={of.study.space[kept[0]].grid(2)[0]}, or choose another --search"
+        )
+    every, steps = of.config.validation.every_steps, of.config.training.steps
+    if every == steps:
+        raise ConfigError(
+            f"validation.every_steps = {every}: must be below {steps} (training.steps) with pbt, which changes "
+            f"settings at validations. Set validation.every_steps={max(1, steps // 6)}"
+        )
+    if of.study.num_trials < 2:
+        raise ConfigError(
+            f"--trials {of.study.num_trials}: must be 2 or more with pbt: one takes over another's weights"
+        )
+    if of.config.cluster.storage_path is not None:
+        raise ConfigError(
+            f"cluster.storage_path = {of.config.cluster.storage_path}: with pbt checkpoints are handed on in out_dir. "
+            "Leave it out, and set out_dir to a folder that all nodes share"
+        )

@@ -25,13 +25,16 @@ from pipelines.drawing import image_bytes, percent
 from pipelines.follow import FAILURES_FILE, shown
 from pipelines.report import load_evaluation
 from pipelines.runs import STATE_FILE
-from pipelines.search import RESULTS_FILE, recorded
+from pipelines.schedule_picture import schedules
 from pipelines.sweep_page import page
 from pipelines.sweep_pictures import parallel_coordinates, sensitivity
 from pipelines.sweep_plan import TRIALS_FOLDER, SweepPlan
+from pipelines.sweep_record import RESULTS_FILE, exchanges, recorded, schedule
 
 SCHEMA = 1
 FILES = ("sweep.html", "parallel.png", "sensitivity.png", "sweep.csv", "sweep.parquet", "sweep.json")
+SCHEDULE_FILE = "schedule.png"
+"""One more of population-based training."""
 SHOWN_ROWS = 20
 
 
@@ -48,6 +51,9 @@ def sweep_result(plan: SweepPlan) -> dict[str, Any]:
     common = min((max(r["step"] for r in of) for of in reports.values()), default=None)
     rows = [_row(folder / TRIALS_FOLDER / name, of, common) for name, of in reports.items()]
     rows += _failed(folder / FAILURES_FILE, set(reports))
+    if plan.study.search == "pbt":
+        made, all_reports = exchanges(folder), [report for of in reports.values() for report in of]
+        rows = [row | {"schedule": schedule(row["trial"], all_reports, made)} for row in rows]
     rows.sort(key=lambda row: (row["state"] != "finished", row["loss_nats"] is None, row["loss_nats"]))
     return {
         "schema": SCHEMA,
@@ -113,25 +119,32 @@ def best_of(result: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def write_sweep(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Write FILES into `folder`, the JSON last; files of an earlier result stand until all are made."""
+    names, changes = FILES, None
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=folder) as scratch:
         made = Path(scratch)
         lines, panels = parallel_coordinates(result), sensitivity(result)
         (made / "parallel.png").write_bytes(image_bytes(lines))
         (made / "sensitivity.png").write_bytes(image_bytes(panels))
-        (made / "sweep.html").write_text(page(result, lines, panels), encoding="utf-8")
+        if result["search"] == "pbt":
+            names, changes = (SCHEDULE_FILE, *FILES), schedules(result)
+            (made / SCHEDULE_FILE).write_bytes(image_bytes(changes))
+        (made / "sweep.html").write_text(page(result, lines, panels, changes), encoding="utf-8")
         frame = pd.DataFrame(flat(result))
         frame.to_csv(made / "sweep.csv", index=False)
         frame.to_parquet(made / "sweep.parquet", index=False)
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         (made / "sweep.json").write_text(text + "\n", encoding="utf-8")
-        for name in FILES:
+        for name in names:
             os.replace(made / name, folder / name)
-    return {name: folder / name for name in FILES}
+    return {name: folder / name for name in names}
 
 
 def flat(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows with the sample's values under their dotted names."""
-    return [{name: value for name, value in row.items() if name != "sample"} | row["sample"] for row in result["rows"]]
+    """Rows with the sample's values, the last ones where they changed, under their dotted names."""
+    nested = ("sample", "schedule")
+    return [
+        {name: value for name, value in row.items() if name not in nested} | row["sample"] for row in result["rows"]
+    ]
 
 
 def print_sweep(result: Mapping[str, Any], console: Console) -> None:

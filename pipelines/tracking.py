@@ -111,6 +111,10 @@ class TrackedRun:
         """Parameters beside those of the configuration; one that is there already stays."""
         self._record("parameters", lambda: log_params(self._client, self._client.get_run(self.run_id), values))
 
+    def log_tags(self, values: Mapping[str, str]) -> None:
+        """Tags, which unlike parameters can be written anew."""
+        self._record("tags", lambda: [self._client.set_tag(self.run_id, *each) for each in values.items()])
+
     def tag_best(self, child_id: str) -> None:
         """Of this run's children, `child_id` alone is tagged `sweep.best`."""
 

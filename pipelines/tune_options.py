@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from pipelines.bench_options import positive
+from tune_spaces.study import Search
 
 USAGE = "STUDY [--trials N] [options] [KEY=VALUE ...]"
 DESCRIPTION = "Search for better settings: train many short runs, stop the poor ones early, compare them."
@@ -15,6 +17,8 @@ STUDY is a TOML file or the name of one that ships:
 A study names settings, a range for each, and the recipe that it varies. Every trial is an ordinary run on Ray Train.
 Trials are compared by their loss on validation questions, whose words are neither trained on nor evaluated. A setting
 that is given as KEY=VALUE is the same in all trials, and not varied; any other holds for all trials as well.
+With pbt (population-based training) all trials wait at each validation; the worst quarter then goes on from weights of
+the best, with settings near theirs. It varies optimizer.* and weights of training alone: what a run outlives.
 
 A study of your own:
   about = "how much a memory needs"
@@ -33,6 +37,7 @@ Examples:
   cortex tune fast_weights
   cortex tune learning --trials 32 name=rates fast_weights.rank=16
   cortex tune mine.toml --search grid --no-early-stop
+  cortex tune learning --search pbt --trials 8
   cortex tune sparsity cluster.address=auto cluster.num_workers=2 cluster.use_gpu=true out_dir=/shared/runs
 """
 
@@ -54,7 +59,8 @@ def add(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--trials", type=positive, metavar="N", help="how many [16, or what the study says]")
     text = "trials at a time, at most [as many as there are CPUs or GPUs for]"
     tune.add_argument("--concurrent", type=positive, metavar="N", help=text)
-    text = "tpe learns from the trials before, random does not, grid tries every point [tpe]"
-    tune.add_argument("--search", choices=("tpe", "random", "grid"), help=text)
+    text = "tpe learns from the trials before, random does not, grid tries every point; pbt: poor trials take over the "
+    text += "weights of good ones as they go, with settings near theirs [tpe]"
+    tune.add_argument("--search", choices=get_args(Search), help=text)
     text = "let every trial take all its steps [poor ones are stopped]"
     tune.add_argument("--no-early-stop", action="store_true", help=text)

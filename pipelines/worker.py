@@ -54,8 +54,11 @@ class Edge:
         return everyone
 
 
-def train(config: RunConfig, edge: Edge) -> None:
-    """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints."""
+def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
+    """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints.
+
+    With `until_step`, end there without evaluating: with a checkpoint, from which the rest can be trained.
+    """
     torch.set_num_threads(config.cluster.worker_threads)
     torch.manual_seed(config.seed)
     edge.report({"phase": 0.0, "workers": edge.world_size, "num_workers": config.cluster.num_workers}, None)
@@ -72,7 +75,9 @@ def train(config: RunConfig, edge: Edge) -> None:
             checkpoint.load(folder, learner)
     _check_same(edge.gather(learner.step_number))
     validation = _validation(config, edge, vocabulary, corpus) if config.validation.every_steps else None
-    _train_steps(config, edge, learner, batches, backbone, validation)
+    _train_steps(config, edge, learner, batches, backbone, validation, until_step or config.training.steps)
+    if learner.step_number < config.training.steps:
+        return
     with learner.averaged():
         document = _suite(config, edge, vocabulary, corpus).run(model)
     document["backbone_parameters"] = shards.total_numel
@@ -118,15 +123,16 @@ def build(config: RunConfig) -> tuple[Cortex, Shards]:
 
 
 def _train_steps(
-    config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str, validation: Validation | None
-) -> None:
+    config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str,
+    validation: Validation | None, until_step: int,
+) -> None:  # fmt: skip
     training, window, every = config.training, _Window(), config.validation.every_steps
     tokens = [batches.tokens(step) for step in range(training.steps)]
-    while learner.step_number < training.steps:
+    while learner.step_number < until_step:
         step = learner.step_number
         window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), tokens[step])
         done = learner.step_number
-        last = done == training.steps
+        last = done == until_step
         due, validated = last or done % training.checkpoint_every_steps == 0, every and (last or done % every == 0)
         if due or validated or done % training.report_every_steps == 0:
             means = _mean(edge.gather(window.means()))

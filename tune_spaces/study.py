@@ -10,7 +10,7 @@ from typing import Literal
 
 from cortex_core.errors import ConfigError
 
-Search = Literal["tpe", "random", "grid"]
+Search = Literal["tpe", "random", "grid", "pbt"]
 Value = bool | int | float | str
 SHIPPED = ("fast_weights", "plasticity", "sparsity", "learning")
 """Studies that ship: modules of this package, each with a `STUDY`."""
@@ -83,7 +83,8 @@ class Study:
     num_trials: int = 16
     """Trials, unless the command says otherwise. A grid has as many as its points."""
     search: Search = "tpe"
-    """How values are drawn: `tpe` learns from the trials before (Bergstra et al. 2011), `random`, or a `grid`."""
+    """How values are drawn: `tpe` learns from the trials before (Bergstra et al. 2011), `random`, or a `grid`; `pbt`
+    moves them while trials go on, the poor ones from the weights of good ones (Jaderberg et al. 2017)."""
     grid_points: int = 3
     """Values per range in a grid."""
 

@@ -46,6 +46,12 @@ def test_a_setting_that_is_given_is_not_varied() -> None:
     assert planned.best({"fast_weights.decay": 0.9}).fast_weights.rank == 8
 
 
+def test_a_population_varies_what_weights_outlive() -> None:
+    planned = plan("sparsity", ["fast_weights.dead_zone=0.4"], search="pbt", trials=4)
+    assert len(planned.study.space) == 3 and not planned.stop_early and planned.identity()["search"] == "pbt"
+    assert plan("learning", search="pbt").study.space == plan("learning").study.space
+
+
 def test_a_grid_has_a_trial_per_point() -> None:
     assert plan("fast_weights", search="grid").study.num_trials == 4 * 4 * 3 * 3
 
@@ -72,6 +78,12 @@ def test_what_a_sweep_is_does_not_depend_on_where_it_runs() -> None:
         ("learning", {"overrides": ["validation.every_steps=0"]}, r"validation\.every_steps = 0: must be 1 to 80"),
         ("learning", {"overrides": ["cluster.num_workers=0"]}, r"cluster\.num_workers = 0: .* Set cluster\.num_workers=1"),
         ("learning", {"overrides": ["rank"]}, r"'rank' is not an override: write name=value"),
+        ("sparsity", {"search": "pbt"}, r"study sparsity: fast_weights\.dead_zone: pbt changes settings while a run goes on, .*this one\. "
+            r"Give a value for all trials, e\.g\. fast_weights\.dead_zone=0\.2, or choose another --search"),
+        ("fast_weights", {"search": "pbt"}, r"fast_weights\.rank, fast_weights\.decay, .*these\. .* e\.g\. fast_weights\.rank=4"),
+        ("learning", {"search": "pbt", "trials": 1}, r"--trials 1: must be 2 or more with pbt"),
+        ("learning", {"search": "pbt", "overrides": ["validation.every_steps=120"]}, r"every_steps = 120: must be below 120"),
+        ("learning", {"search": "pbt", "overrides": ["cluster.storage_path=/shared"]}, r"storage_path = /shared: with pbt"),
         ("learning", {"trials": 5, "search": "grid"}, r"--trials 5: a grid of this study has 243"),
         ("sparsity", {"overrides": ["fast_weights.saturation=0.6"]}, r"sparsity, fast_weights\.dead_zone = 0\.7: .*saturation"),
     ],
@@ -124,7 +136,7 @@ learning_rate = {{ low = 1e-3, high = 1e-2, log = true }}
         ("[space]\nfast_weights.decay = {low = 0.1, high = nan}", "is no range"),
         ("[space]\nfast_weights.decay = {low = 0.1, hihg = 0.2, high = 1}", "is no range"),
         ("num_trials = 'x'\n[space]\nseed = [1, 2]", "num_trials = 'x': must be int"),
-        ("search = 'best'\n[space]\nseed = [1, 2]", "search = 'best': must be tpe, random or grid"),
+        ("search = 'best'\n[space]\nseed = [1, 2]", "search = 'best': must be tpe, random, grid or pbt"),
     ],
 )
 def test_a_study_that_cannot_be_read_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
 from cortex_core.eval.metric_names import LOSS, RECALL
-from pipelines.search import RESULTS_FILE, Rungs, recorded
+from pipelines.schedule_picture import schedules
+from pipelines.search import Rungs
 from pipelines.sweep_pictures import Axis, parallel_coordinates, sensitivity
 from pipelines.sweep_plan import SweepPlan, plan
+from pipelines.sweep_record import RESULTS_FILE, Clone, Exchange, exchanges, recorded, write_exchanges
 from pipelines.sweep_table import FILES, best_of, print_sweep, sweep_result, write_sweep
+from tune_spaces.study import Real
 
 
 def line(trial: str, step: int, loss: float, sample: dict[str, Any]) -> str:
@@ -82,6 +86,41 @@ def test_every_file_is_written(made: SweepPlan) -> None:
         assert list(frame["fast_weights.rank"]) == [8, 4, 32] and "sample" not in frame
     html = (folder / "sweep.html").read_text()
     assert "<script" not in html and html.count("<figure") == 2 and "[red]no[/]" in html and "stopped early" in html
+
+
+def test_a_population_shows_how_its_settings_changed(made: SweepPlan) -> None:
+    """`bb` went on from the weights of `aa` after step 20, and `aa` from those of `bb` after step 40."""
+    folder, name = made.config.run_dir, "optimizer.learning_rate"
+    population = made._replace(study=replace(made.study, search="pbt", space={name: Real(1e-3, 1e-1, log=True)}))
+    rates = {
+        ("aa", 20): 0.001,
+        ("bb", 20): 0.1,
+        ("aa", 40): 0.001,
+        ("bb", 40): 0.002,
+        ("aa", 120): 0.004,
+        ("bb", 120): 0.002,
+    }
+    (folder / RESULTS_FILE).write_text(
+        "".join(line(trial, step, 1.0 if trial == "aa" else 2.0, {name: rate}) for (trial, step), rate in rates.items())
+    )
+    clones = [
+        Exchange(20, (Clone("bb", "aa", {name: 0.002}, 1),)),
+        Exchange(40, (Clone("aa", "bb", {name: 0.004}, 1),)),
+    ]
+    write_exchanges(folder, clones)
+    assert exchanges(folder) == clones
+    result = sweep_result(population)
+    assert [(part["step"], part["trial"], part["sample"][name]) for part in result["rows"][0]["schedule"]] == [
+        (20, "aa", 0.001), (40, "bb", 0.002), (120, "aa", 0.004),
+    ]  # fmt: skip
+    assert result["rows"][-1]["state"] == "failed" and result["rows"][-1]["schedule"] == []
+    assert set(write_sweep(result, folder)) == {*FILES, "schedule.png"}
+    frame = pd.read_parquet(folder / "sweep.parquet")
+    assert frame[name].tolist()[:2] == [0.004, 0.002] and "schedule" not in frame
+    html = (folder / "sweep.html").read_text()
+    assert html.count("<figure") == 3 and "What the settings became" in html and "population-based" in html
+    (axes,) = schedules(result).axes
+    assert [len(each.get_xdata()) for each in axes.lines if len(each.get_xdata()) > 2] == [4, 4]
 
 
 def test_a_sweep_in_which_nothing_came_of_any_trial_is_drawn_as_well(made: SweepPlan) -> None:

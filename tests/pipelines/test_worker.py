@@ -151,6 +151,22 @@ def test_a_resumed_run_is_the_same_run_to_the_bit(straight: Keeper, tmp_path: Pa
         assert [report[name] for name in timeless] == [other[name] for name in timeless]
 
 
+def test_a_run_in_parts_is_the_same_run_and_only_the_last_one_is_evaluated(tmp_path: Path) -> None:
+    asked = {"tasks__num_pairs": 3, "validation__gaps_tokens": [20], "validation__num_examples": 4}
+    asked |= {"validation__every_steps": 5}
+    keeper = Keeper(tmp_path)
+    for until_step, saved in ((1, [1]), (5, [1, 2, 4, 5]), (STEPS, [1, 2, 4, 5, 6, 6])):
+        worker.train(config(**asked), keeper.edge(), until_step)
+        assert [step for step, _ in keeper.saved] == saved and (EVALUATION in keeper.saved[-1][1]) == (
+            saved[-1:] == [6]
+        )
+    validated = [report["step"] for report in keeper.trained() if "validation/loss_nats" in report]
+    assert validated == [1, 5, 6], "each part ends with a validation"
+    again = Keeper(tmp_path / "whole")
+    worker.train(config(**asked), again.edge())
+    assert tiny.same(keeper.state(), again.state())
+
+
 def test_the_seed_decides_the_run(straight: Keeper, tmp_path: Path) -> None:
     torch.rand(3)  # what happened before in this process does not
     for seed, equal in ((0, True), (1, False)):
