@@ -19,6 +19,7 @@ TRIES = 4
 
 
 OFFLOAD: dict[str, Any] = {"sharding.stage": 3, "sharding.deepspeed": None, "sharding.offload": "cpu"}
+"""What lets shards rest in the node's memory; a file of DeepSpeed's would contradict it."""
 
 
 class Remedy(NamedTuple):

@@ -172,6 +172,19 @@ def single(folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def experts(folder: str) -> dict[str, Any]:
+    """Stage 3 in a lone process, of experts that have tensors of their own in the files: which differ from no shards."""
+    config = BackboneConfig(name=folder, dtype="float32")
+    whole, _ = load_backbone(config, stage=0)
+    sharded, shards = load_backbone(config, stage=3)
+    differing, expected = [], dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        with shards.gathered(parameter):
+            if not torch.equal(parameter, expected.pop(name)):
+                differing.append(name)
+    return {"differing": [*differing, *expected]}
+
+
 def files(folder: str) -> dict[str, Any]:
     """Stage 3 in a lone process as a file says it, against no shards; or the line that refuses the file."""
     config = BackboneConfig(name=folder)
@@ -204,6 +217,7 @@ def _stack_depth() -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scene, model, out = sys.argv[1:]
-    Path(out).write_text(json.dumps({"pair": pair, "told": told, "single": single, "files": files}[scene](model)))
+    scenes = {"pair": pair, "told": told, "single": single, "experts": experts, "files": files}
+    Path(out).write_text(json.dumps(scenes[scene](model)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

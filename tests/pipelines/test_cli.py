@@ -132,6 +132,17 @@ def test_a_defect_is_not_disguised_as_wrong_input(monkeypatch: pytest.MonkeyPatc
         cli.main(["train", "demo"])
 
 
+def test_a_training_that_diverged_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(_: list[str]) -> int:
+        raise FloatingPointError("3 steps had a loss that is not finite")
+
+    monkeypatch.setattr(cli, "_dispatch", diverges)
+    assert cli.main(["train", "demo"]) == 1
+    assert capsys.readouterr().err == "cortex: 3 steps had a loss that is not finite\n"
+
+
 def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: list[str]) -> int:
         raise KeyboardInterrupt

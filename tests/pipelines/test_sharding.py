@@ -127,6 +127,22 @@ def test_a_lone_process_can_shard(tiny: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts_of_a_layer_become_one_tensor_from_whichever_file(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral", max_shard_size="40KB")
+    index = (tmp_path / "mixtral" / "model.safetensors.index.json").read_text()
+    where = {file for name, file in json.loads(index)["weight_map"].items() if ".layers.0." in name}
+    assert len(where) > 1 and ".experts.0.w1.weight" in index
+    assert _run("experts", str(tmp_path / "mixtral"), tmp_path, 1) == [{"differing": []}]
+
+
+@pytest.mark.slow
 def test_a_file_lays_the_backbone_out_and_changes_nothing_else(tiny: str, tmp_path: Path) -> None:
     (got,) = _run("files", tiny, tmp_path, 1)
     assert 'typo.json": DeepSpeed refuses it (stage3_typo: Extra inputs are not permitted)' in got.pop("typo")
