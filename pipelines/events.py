@@ -73,16 +73,16 @@ class EventLog:
         if self._say is not None and (text := in_words(happened)):
             self._say(text)
 
-    def close(self, error: BaseException | None) -> None:
+    def close(self, error: BaseException | None, *, waits: bool = False) -> None:
         """The run has ended: by itself, with an Exception that made it fail, or with another one, interrupted. Only the
-        first end counts."""
+        first end counts. One that ended by itself and `waits` has more steps to take."""
         for problem in self._problems:
             self.write("MLflow incomplete", reason=problem)
         self._problems = ()
         if not self._ended:
             self._ended = True
             if error is None:
-                self.write("finished")
+                self.write("waiting" if waits else "finished")
             elif isinstance(error, Exception):
                 self.write("failed", reason=reason(error))
             else:

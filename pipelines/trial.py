@@ -74,7 +74,7 @@ class Trial(Trainable):
                     if self._whole:
                         return dict(self._last)
             if not alive:
-                self._events.close(self._error)
+                self._events.close(self._error, waits=not self._whole)
                 if self._error is not None:
                     raise self._error
                 heard = bool(self._last)
@@ -92,7 +92,7 @@ class Trial(Trainable):
             if self._controller is not None:
                 _abort(self._controller)
             self._thread.join(ABORT_TIMEOUT_S)
-        self._events.close(KeyboardInterrupt() if self._thread.is_alive() else self._error)
+        self._events.close(KeyboardInterrupt() if self._thread.is_alive() else self._error, waits=not self._whole)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """The run's folder is the state. Ray Tune asks for one before a trial may wait."""

@@ -6,11 +6,13 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -24,7 +26,7 @@ from pipelines.config import RunConfig, dump_toml, load_config
 from pipelines.population import Population, draw, mutation, seeded, within
 from pipelines.runs import LAST, open_run, read_run
 from pipelines.sweep_plan import trial_config
-from pipelines.sweep_record import RESULTS_FILE, exchanges
+from pipelines.sweep_record import RESULTS_FILE, exchanges, recorded
 from tests import tiny
 from tune_spaces.study import Choice, Real, Whole
 
@@ -230,18 +232,21 @@ optimizer.output_learning_rate = { low = 1e-11, high = 1e6, log = true }
 OUTPUT_RATE = "optimizer.output_learning_rate"
 
 
+def command(out: Path, study: str, *options: str) -> list[str]:
+    """The sweep, to be run in a process of its own."""
+    recipe = tiny.run_config(out, cluster__num_workers=1, tasks__num_pairs=3)
+    (out / "tiny.toml").write_text(dump_toml(recipe))
+    (out / "study.toml").write_text(study.replace("RECIPE", str(out / "tiny.toml")))
+    return [sys.executable, "-m", "pipelines.tune", str(out / "study.toml"), f"out_dir={out}", *options]
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_hopeless_trial_goes_on_from_a_good_one(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> None:
     """One trial at a time: each has to make room for the other. The seed is one with a good rate and a hopeless one."""
     mlflow_database(tmp_path)
-    recipe = tiny.run_config(tmp_path, cluster__num_workers=1, tasks__num_pairs=3)
-    (tmp_path / "tiny.toml").write_text(dump_toml(recipe))
-    (tmp_path / "study.toml").write_text(STUDY.replace("RECIPE", str(tmp_path / "tiny.toml")))
-    command = [sys.executable, "-m", "pipelines.tune", str(tmp_path / "study.toml"), f"out_dir={tmp_path}"]
-    done = subprocess.run(
-        [*command, "--concurrent", "1"], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
+    whole = command(tmp_path, STUDY, "--concurrent", "1")
+    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "study"
     lines = [json.loads(text) for text in (folder / RESULTS_FILE).read_text().splitlines()]
@@ -258,12 +263,14 @@ def test_a_hopeless_trial_goes_on_from_a_good_one(tmp_path: Path, mlflow_databas
     (row,) = [row for row in result["rows"] if row["trial"] == poor]
     assert [part["trial"] for part in row["schedule"]] == [good, poor]
     assert row["sample"][OUTPUT_RATE] == pytest.approx(row["schedule"][0]["sample"][OUTPUT_RATE], rel=0.21)
-    _tracked(recipe.tracking_uri, row, good)
+    _tracked(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), row, good)
+    events = (json.loads(line) for line in (folder / "trials" / good / "events.jsonl").read_text().splitlines())
+    ends = ("started", "resumed", "waiting", "finished")
+    assert [each["event"] for each in events if each["event"] in ends] == ["started", "waiting", "resumed", "finished"]
 
 
-def _tracked(uri: str, row: dict[str, Any], good: str) -> None:
+def _tracked(client: MlflowClient, row: dict[str, Any], good: str) -> None:
     """The run of the trial that took over says so, with its first setting and its last, and has every step once."""
-    client = MlflowClient(tracking_uri=uri)
     run = client.get_run(row["mlflow_run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["sweep.weights_of"] == f"{good} at step 3"
     assert float(run.data.params[OUTPUT_RATE]) < 1e-4
@@ -271,5 +278,50 @@ def _tracked(uri: str, row: dict[str, Any], good: str) -> None:
     assert [(point.step, point.value) for point in history] == [
         (0, pytest.approx(float(run.data.params[OUTPUT_RATE]))), (3, pytest.approx(row["sample"][OUTPUT_RATE])),
     ]  # fmt: skip
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
+    _every_step_once(client, row, 6)
+
+
+def _every_step_once(client: MlflowClient, row: dict[str, Any], last: int) -> None:
+    steps = [point.step for point in client.get_metric_history(row["mlflow_run_id"], "loss")]
+    assert steps == sorted(set(steps)) and steps[-1] == last
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_population_whose_driver_is_killed_goes_on_where_it_was(
+    tmp_path: Path, mlflow_database: Callable[[Path], None]
+) -> None:
+    """Killed by SIGKILL when the first exchange is on record and one trial has gone on from there, the other not."""
+    mlflow_database(tmp_path)
+    study = STUDY.replace("training.steps = 6", "training.steps = 9")
+    whole, folder = command(tmp_path, study, "--concurrent", "1"), tmp_path / "study"
+
+    def heard(step: int) -> set[str]:
+        return {each["trial"] for each in recorded(folder / RESULTS_FILE) if each["step"] == step}
+
+    with (tmp_path / "said").open("w+") as said:
+        driver = subprocess.Popen(whole, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 300
+            while not heard(6):
+                assert driver.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+                time.sleep(0.05)
+            children = psutil.Process(driver.pid).children(recursive=True)
+        finally:
+            driver.kill()
+            driver.wait()
+    decided = exchanges(folder)
+    assert [each.step for each in decided] == [3] and len(heard(6)) == 1, "killed in time"
+
+    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = exchanges(folder)
+    assert [each.step for each in made] == [3, 6] and made[:1] == decided
+    rows = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert [row["state"] for row in rows] == ["finished", "finished"]
+    assert all(heard(step) == {row["trial"] for row in rows} for step in (3, 6, 9))
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for row in rows:
+        _every_step_once(client, row, 9)
+    # Ray's agents look once a minute whether the process that they serve is there.
+    assert psutil.wait_procs(children, timeout=120)[1] == []
