@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.state import state as ray_state
 from ray.train import FailureConfig, ScalingConfig
 
@@ -87,6 +88,12 @@ def environment(cluster: ClusterConfig, address: str | None) -> dict[str, str]:
     if address is None:
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine goes away
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def started_here() -> bool:
+    """Whether Ray was started by this process, with which it ends."""
+    node = ray_worker._global_node
+    return node is not None and node.is_head()
 
 
 def scaling(cluster: ClusterConfig) -> ScalingConfig:

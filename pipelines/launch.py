@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, LoggingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback, ReportCallback
 
 from cortex_core.errors import DataError
@@ -30,6 +32,15 @@ if TYPE_CHECKING:  # takes seconds to import, and only workers need it, not the 
 Job = Literal["train", "evaluate"]
 Report = Callable[[dict[str, float], Path | None], None]
 KEPT_CHECKPOINTS = 2
+
+
+class _Trainer(TorchTrainer):
+    """Without processes that this use of Ray Train starts for nothing, at a second and a half of every start: there are
+    no Ray datasets, and a Ray that was started here ends with its driver, with nothing to clean up."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if cluster.started_here() else (DatasetsCallback,)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
 
 
 def launch(
@@ -60,7 +71,7 @@ def launch(
         return _in_this_process(settings, run, callbacks)
     heard_by = [Refusals(), *(each for each in callbacks if isinstance(each, UserCallback))]
     others = [each for each in callbacks if not isinstance(each, UserCallback)]  # they hear of a hang from the watch
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         on_worker,
         train_loop_config=settings,
         # How long a worker waits for the others: long enough that the one at fault is found first.
