@@ -82,7 +82,7 @@ def test_what_a_sweep_is_does_not_depend_on_where_it_runs() -> None:
             r"Give a value for all trials, e\.g\. fast_weights\.dead_zone=0\.2, or choose another --search"),
         ("fast_weights", {"search": "pbt"}, r"fast_weights\.rank, fast_weights\.decay, .*these\. .* e\.g\. fast_weights\.rank=4"),
         ("learning", {"search": "pbt", "trials": 1}, r"--trials 1: must be 2 or more with pbt"),
-        ("learning", {"search": "pbt", "overrides": ["validation.every_steps=120"]}, r"every_steps = 120: must be below 120"),
+        ("learning", {"search": "pbt", "overrides": ["validation.every_steps=80"]}, r"every_steps = 80: must be below 80"),
         ("learning", {"search": "pbt", "overrides": ["cluster.storage_path=/shared"]}, r"storage_path = /shared: with pbt"),
         ("learning", {"trials": 5, "search": "grid"}, r"--trials 5: a grid of this study has 243"),
         ("sparsity", {"overrides": ["fast_weights.saturation=0.6"]}, r"sparsity, fast_weights\.dead_zone = 0\.7: .*saturation"),
