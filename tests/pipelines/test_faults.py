@@ -294,7 +294,7 @@ def test_a_run_goes_on_with_the_workers_that_fit(
         lost = next(node for node in working if not hosts(node, "TrainController"))
         nodes.remove_node(lost, allow_graceful=False)
         before = on_this_machine(config)
-        driver.wait_until(lambda: "\n1 of 2 workers\n" in driver.said.read_text())
+        driver.wait_until(lambda: "\ntiny: 1 of 2 workers\n" in driver.said.read_text())
         driver.wait_until(lambda: len(on_this_machine(config) - before) > 1)
         another = nodes.add_node(num_cpus=1, **SMALL)
         driver.wait_until(lambda: bool(hosts(another, "RayTrainWorker")))
@@ -302,7 +302,7 @@ def test_a_run_goes_on_with_the_workers_that_fit(
     finally:
         driver.process.kill()
     assert len(working) == 2
-    told = re.findall(r"^worker [01] (failed)|^([12]) of 2 workers$", said, re.MULTILINE)
+    told = re.findall(r"^tiny: worker [01] (failed)|^tiny: ([12]) of 2 workers$", said, re.MULTILINE)
     assert told == [("failed", ""), ("", "1"), ("", "2")], said
     assert f"training  step {steps}/{steps} " in said
     logged_once(config, steps)
@@ -336,7 +336,7 @@ def test_with_too_few_nodes_left_it_ends_in_one_line_and_goes_on_with_fewer(
         said = second.end()
     finally:
         second.process.kill()
-    assert re.match(r"Resuming tiny in .*, from step \d+\n", said) and "\n1 of 2 workers\n" in said
+    assert re.match(r"Resuming tiny in .*, from step \d+\n", said) and "\ntiny: 1 of 2 workers\n" in said
     logged_once(config, LONG)
     assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-4)
     assert tiny.furthest(sidecars(config), sidecars(undisturbed)) < 1e-4
