@@ -68,7 +68,9 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
     calibrate(model, batches.calibration_ids())
     shards.release()
     objective = replicate(ReadingLoss(model, config.training))
-    learner = Learner(model, objective, config.training, config.optimizer, after_backward=shards.release)
+    learner = Learner(
+        model, objective, config.training, config.optimizer, after_backward=shards.release, seed=config.seed
+    )
     backbone = fingerprint(model.backbone, shards.gathered)
     with edge.resume_from() as folder:
         if folder is not None:

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cortex_core.config import UpdateConfig
 from cortex_core.eval.intervals import paired_difference, wilson
+from cortex_core.training.pretrain_config import DecoderConfig
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
-from tests.benchmarks import child, pairs, rank_picture
+from tests.benchmarks import child, optimizer_runs, pairs, rank_picture
+from tests.benchmarks.optimizer_runs import Losses
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
     cost,
     far,
     gpu,
     needles,
+    optim,
     ranks,
     recall,
     safety,
@@ -136,7 +141,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
-    slow = (wallclock, far, seeds, ranks, tasks, worlds)
+    slow = (wallclock, far, seeds, ranks, tasks, worlds, optim)
     opt_in = {
         *(name for rows in slow for name in rows.ROWS),
         *gpu.KERNEL_ROWS,
@@ -407,6 +412,75 @@ def test_ranks_are_drawn_from_what_the_scoreboard_wrote(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
     assert rank_picture.main([str(tmp_path / "rows.json"), "--out", str(tmp_path / "ranks.png")]) == 0
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_of_learning_rates_moves_until_the_best_one_is_in_its_middle() -> None:
+    asked: list[tuple[float, int]] = []
+
+    def train(rate: float, seed: int) -> Losses:
+        asked.append((rate, seed))
+        return Losses(abs(math.log2(rate / 8.0)), rate + seed)
+
+    assert [run.held_out for run in optim.best_runs(train, 2.0)] == pytest.approx([8.0, 9.0, 10.0])
+    assert sorted(rate for rate, seed in asked if seed == 0) == pytest.approx([2.0 ** (n / 2) for n in range(9)])
+    assert [seed for _, seed in asked[-2:]] == [1, 2] and len(asked) == 11
+    asked.clear()
+    assert optim.best_runs(train, 8.0)[0].validation == 0.0 and len(asked) == 5 + 2
+
+
+def test_perplexities_are_compared_seed_by_seed(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    centre = {"adamw": 1.0, "apollo": 2.0, "apollo_mini": 4.0}
+    monkeypatch.setattr(optim, "CENTRES", centre)
+
+    def train(update: UpdateConfig, rate: float, seed: int) -> Losses:
+        added = {"adamw": 0.0, "apollo": 0.01 * seed, "apollo_mini": math.log(0.9)}[update.name]
+        return Losses(abs(math.log(rate / centre[update.name])), 5.0 + seed + added)
+
+    monkeypatch.setattr(optimizer_runs, "train", train)
+    mini, apollo = optim.perplexity(demo, {*optim.PERPLEXITY_ROWS})
+    assert (mini.name, mini.n, apollo.name) == (optim.PERPLEXITY_ROWS[0], 3, optim.PERPLEXITY_ROWS[1])
+    assert (mini.value, mini.low, mini.high) == pytest.approx((0.9, 0.9, 0.9)) and mini.met
+    assert apollo.value == pytest.approx(math.exp(0.01)) and not apollo.met
+    assert apollo.low is not None and apollo.low < 1.0 < apollo.value
+    assert [row.name for row in optim.perplexity(demo, {optim.PERPLEXITY_ROWS[1]})] == [optim.PERPLEXITY_ROWS[1]]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a few thousand weights that reads a few words."""
+    shape = DecoderConfig(vocab_size=700, hidden_size=16, num_layers=1, num_heads=2, mlp_size=16)
+    settings = {"steps": 30, "batch_size": 4, "warmup_steps": 3, "decoder": shape}
+    monkeypatch.setattr(optimizer_runs, "CONFIG", optimizer_runs.CONFIG.model_copy(update=settings))
+    monkeypatch.setattr(optimizer_runs, "WINDOW", 16)
+    monkeypatch.setattr(optimizer_runs, "EVALUATED", 8)
+    monkeypatch.setattr(optimizer_runs, "corpus", tiny.corpus)
+    monkeypatch.setattr(optim, "STEP_PAIRS", 3)
+    optimizer_runs.texts.cache_clear()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["adamw", "apollo", "apollo_mini"])
+def test_a_small_model_learns_from_its_optimizer(name: Any) -> None:
+    none, some, again = (optimizer_runs.train(UpdateConfig(name=name), rate, 0) for rate in (1e-9, 2e-2, 2e-2))
+    assert some == again and some.held_out < none.held_out - 0.1 and some.validation < none.validation - 0.1
+    validation, held_out = optimizer_runs.texts()
+    assert validation.shape == held_out.shape == (8, 16) and not torch.equal(validation, held_out)
+    assert optimizer_runs.train(UpdateConfig(name=name), math.inf, 0) == (math.inf, math.inf)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_apollo_costs_is_measured_beside_adamw(demo: Demo) -> None:
+    share, step, update = optim.cost(demo, {*optim.COST_ROWS})
+    assert (share.name, step.name, update.name) == optim.COST_ROWS and (step.n, update.goal) == (3, None)
+    trained = optimizer_runs.Trained(UpdateConfig(name="apollo_mini"), 0)
+    trained.step(1e-3)
+    numbers = [2 * max(p.shape) + 2 if p.ndim == 2 else 2 * p.numel() + 1 for p in trained.model.parameters()]
+    assert trained.state_numbers == sum(numbers)
+    assert share.value == sum(numbers) / sum(2 * p.numel() + 1 for p in trained.model.parameters())
+    assert step.value > 0 and update.value > 0
 
 
 # --- other tasks -----------------------------------------------------------------------------------------------------

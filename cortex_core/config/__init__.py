@@ -19,7 +19,7 @@ from cortex_core.config.data import (
 )
 from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
-from cortex_core.config.training import OptimizerConfig, TrainingConfig
+from cortex_core.config.training import OptimizerConfig, TrainingConfig, UpdateConfig
 
 __all__ = [
     "ASSETS",
@@ -39,5 +39,6 @@ __all__ = [
     "TaskName",
     "TasksConfig",
     "TrainingConfig",
+    "UpdateConfig",
     "ValidationConfig",
 ]

@@ -9,8 +9,27 @@ from pydantic import Field, model_validator
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 
 
-class OptimizerConfig(Settings):
-    """AdamW over the sidecars: one learning rate per kind of parameter, warm-up, then linear decay."""
+class UpdateConfig(Settings):
+    """How gradients become updates."""
+
+    name: Literal["adamw", "apollo", "apollo_mini"] = "adamw"
+    """`adamw` keeps two moments of every weight. `apollo` and `apollo_mini` (arXiv:2412.05270) keep them of a random
+    projection of each matrix's gradient, and scale the gradient itself by what Adam would do: each channel, or the
+    matrix as a whole. What is no matrix, or no longer than `rank` on a side, is updated as by AdamW. Each needs a
+    learning rate of its own."""
+    rank: PositiveInt | None = None
+    """Dimensions of the projection: state grows with it, noise in the scale falls. None is what the paper takes: a
+    quarter of a matrix's shorter side for apollo, 1 for apollo_mini."""
+    scale: Annotated[float, Field(gt=0.0)] | None = None
+    """Times the learning rate, for what is projected. None is what the paper takes: 1 for apollo, and for apollo_mini
+    the square root of 128, because lengths in one dimension say too little."""
+    update_proj_gap: PositiveInt = 200
+    """Optimizer steps from one random projection to the next, in which moments start to be of something else. 200 is
+    the paper's."""
+
+
+class OptimizerConfig(UpdateConfig):
+    """The optimizer of the sidecars: one learning rate per kind of parameter, warm-up, then linear decay."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak rate of the addresses: the map of the layer's input, and its taps."""
@@ -19,7 +38,7 @@ class OptimizerConfig(Settings):
     output_learning_rate: Annotated[float, Field(gt=0.0)] = 6e-2
     """Peak rate of the output gate, which starts at exactly 0."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Moment decay rates of Adam."""
+    """Decay rates of the optimizer's moments."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0

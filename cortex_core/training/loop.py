@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import OptimizerConfig, TrainingConfig
 from cortex_core.fast_weights.ranks import Usage
+from cortex_core.optim.groups import build_optimizer
 from cortex_core.training.objectives import Batch
 from cortex_core.training.schedules import learning_rate_factor, sparsity_factor
 
@@ -20,7 +21,8 @@ from cortex_core.training.schedules import learning_rate_factor, sparsity_factor
 class Learner:
     """Optimizer, schedule, weight average and counters of one run; one per worker, equal on all.
 
-    `objective` is the (possibly DDP-wrapped) `ReadingLoss` of `model`; `after_backward` lets sharded weights go.
+    `objective` is the (possibly DDP-wrapped) `ReadingLoss` of `model`; `after_backward` lets sharded weights go;
+    on `seed` hangs what an optimizer draws.
     """
 
     def __init__(
@@ -30,14 +32,16 @@ class Learner:
         training: TrainingConfig,
         optimizer: OptimizerConfig,
         after_backward: Callable[[], None] = lambda: None,
+        seed: int = 0,
     ) -> None:
         self.model, self.objective = model, objective
         self.training, self.settings = training, optimizer
         self.after_backward = after_backward
         self.parameters = dict(model.sidecars.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.parameters, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay
-        )
+        self.optimizer = build_optimizer(
+            self.parameters, parameter_groups(self.parameters, optimizer), optimizer,
+            betas=optimizer.betas, weight_decay=optimizer.weight_decay, seed=seed,
+        )  # fmt: skip
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.usage = Usage(model.sidecars)
         self.step_number = 0

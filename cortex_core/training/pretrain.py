@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cortex_core.backbone.create import Decoder, create_model, train_tokenizer
 from cortex_core.errors import DataError, IncompatibleError
+from cortex_core.optim.groups import build_optimizer
 from cortex_core.tasks.corpus import Corpus, load_corpus, training_texts
 from cortex_core.tasks.vocabulary import DIGITS, MARKERS, TaskVocabulary
 from cortex_core.training.pretrain_config import PretrainConfig
@@ -36,7 +37,7 @@ class Pretraining:
     vocabulary: TaskVocabulary
     corpus: Corpus
     model: Decoder
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
     """Optimizer steps done."""
 
@@ -46,11 +47,14 @@ class Pretraining:
         tokenizer = train_tokenizer(training_texts(config.data), config.decoder.vocab_size, (*MARKERS, *DIGITS))
         shape = config.decoder.model_dump(exclude={"vocab_size"})
         model = create_model(vocab_size=len(tokenizer), seed=config.seed, **shape)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
+        parameters = dict(model.named_parameters())
+        optimizer = build_optimizer(
+            parameters,
+            [{"params": list(parameters.values()), "lr": config.learning_rate}],
+            config.optimizer,
             betas=config.betas,
             weight_decay=config.weight_decay,
+            seed=config.seed,
             foreach=True,
         )
         vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
@@ -87,10 +91,10 @@ class Pretraining:
         folder.mkdir(parents=True, exist_ok=True)
         names = dict(self.model.named_parameters())
         moments = {
-            f"{name}.{key}": self.optimizer.state[parameter][key]
+            f"{name}.{key}": value
             for name, parameter in names.items()
-            for key in ("exp_avg", "exp_avg_sq")
-            if parameter in self.optimizer.state
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if key != "step"
         }
         _replace(folder / WEIGHTS, lambda path: save_file({n: p.detach() for n, p in names.items()}, path))
         _replace(folder / MOMENTS, lambda path: save_file(moments, path))
@@ -107,11 +111,11 @@ class Pretraining:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
-                if f"{name}.exp_avg" in moments:
+                kept = {key.rpartition(".")[2]: key for key in moments if key.rpartition(".")[0] == name}
+                if kept:
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(state["step"])),
-                        "exp_avg": moments[f"{name}.exp_avg"],
-                        "exp_avg_sq": moments[f"{name}.exp_avg_sq"],
+                        **{key: moments[saved] for key, saved in kept.items()},
                     }
         self.step = int(state["step"])
 

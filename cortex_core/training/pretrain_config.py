@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from cortex_core.config import DataConfig, Fraction, NonNegative, PositiveInt, Settings, TaskName
+from cortex_core.config import DataConfig, Fraction, NonNegative, PositiveInt, Settings, TaskName, UpdateConfig
 
 
 class DecoderConfig(Settings):
@@ -103,7 +103,7 @@ class PretrainConfig(Settings):
     decay_frac: Fraction = 0.3
     """Share of the run, at its end, over which the rate falls linearly."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Moment decay rates of AdamW."""
+    """Decay rates of the optimizer's moments."""
     weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
     clip_norm: Annotated[float, Field(gt=0.0)] = 1.0
@@ -124,6 +124,8 @@ class PretrainConfig(Settings):
     """Steps between checkpoints."""
     report_every_steps: PositiveInt = 25
     """Steps between reports."""
+    optimizer: UpdateConfig = UpdateConfig()
+    """How gradients become updates."""
     decoder: DecoderConfig = DecoderConfig()
     """The shape of the decoder."""
     rows: RowsConfig = RowsConfig()

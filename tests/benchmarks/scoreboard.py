@@ -33,6 +33,7 @@ from tests.benchmarks.rows import (
     gpu,
     machinery,
     needles,
+    optim,
     overhead,
     plan,
     ranks,
@@ -110,9 +111,11 @@ MEASUREMENTS = (
     Measurement(startup.startup, startup.ROWS, "startup", needs_run=False),
     Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
+    Measurement(optim.perplexity, optim.PERPLEXITY_ROWS, "optim", needs_run=False),
+    Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu")
+OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 

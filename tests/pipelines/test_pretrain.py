@@ -49,12 +49,14 @@ def test_any_folder_may_be_written_to(
 
 def test_shipped_recipe_is_the_default_configuration() -> None:
     assert load_pretrain_config("pretrain") == PretrainConfig()
+    assert load_pretrain_config("pretrain", ["optimizer.name=apollo_mini"]).optimizer.name == "apollo_mini"
 
 
 def test_wrong_settings_are_one_readable_line() -> None:
     for override, complaint in (
         ("stepz=3", "stepz: unknown key"),
         ("steps=0", "steps = 0: must be at least 1"),
+        ("optimizer.name=sgd", 'optimizer.name = "sgd": expected one of'),
         ("decoder.hidden_size=130", "hidden_size = 130 must be a multiple of 2"),
         ("rows.key_value_frac=0.95", "the shares of task rows add up to"),
         ("steps", "'steps' is not an override"),

@@ -127,11 +127,14 @@ class Watched(nn.Module):
         return loss, metrics
 
 
-def watched(spoil: dict[int, float] | None = None, **training: object) -> tuple[Learner, Watched]:
+def watched(
+    spoil: dict[int, float] | None = None, optimizer: str = "adamw", **training: object
+) -> tuple[Learner, Watched]:
     config, model = tiny.training(**training), tiny.model(open_gates=True)
     objective = Watched(model, config, spoil)
     released = lambda: objective.calls.append("released")  # noqa: E731
-    return Learner(model, objective, config, tiny.FAST, after_backward=released), objective
+    settings = tiny.FAST.model_copy(update={"name": optimizer})
+    return Learner(model, objective, config, settings, after_backward=released), objective
 
 
 def test_workers_wait_for_each_other_once_a_step() -> None:
@@ -140,9 +143,10 @@ def test_workers_wait_for_each_other_once_a_step() -> None:
     assert objective.calls == ["alone", "released", "alone", "released", "alone", "released", "synced", "released"] * 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "apollo", "apollo_mini"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_left_out(bad: float) -> None:
-    of, _ = watched({1: bad}, ema_decay=0.9, max_nonfinite_steps=1)
+def test_a_step_that_is_not_finite_is_left_out(bad: float, optimizer: str) -> None:
+    of, _ = watched({1: bad}, optimizer, ema_decay=0.9, max_nonfinite_steps=1)
     source = tiny.batches(of.training)
     tiny.train(of, source, 1)
     weights, average, moments = tiny.weights(of.model.sidecars), copied(of.average), copied(of.state()[0])
@@ -202,22 +206,40 @@ def test_the_average_is_lent_to_the_model_and_taken_back() -> None:
     assert tiny.same(tiny.weights(of.model.sidecars), own)
 
 
-def test_a_restored_run_goes_on_bit_for_bit() -> None:
+OPTIMIZERS = [
+    tiny.FAST.model_copy(update={"name": name, "update_proj_gap": 2}) for name in ("adamw", "apollo", "apollo_mini")
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda settings: settings.name)
+def test_a_restored_run_goes_on_bit_for_bit(optimizer: OptimizerConfig) -> None:
     config = tiny.training(ema_decay=0.9, in_window_batch_size=4, accumulation_steps=2)
     source = tiny.batches(config)
-    straight = tiny.learner(config)
+    straight = tiny.learner(config, optimizer=optimizer)
     expected = tiny.train(straight, source, 6)
-    first = tiny.learner(config)
+    first = tiny.learner(config, optimizer=optimizer)
     tiny.train(first, source, 3)
     tensors, counters = first.state()
     tensors = copied(tensors)
     tiny.train(first, source, 1)  # what happens afterwards does not leak into the state
-    second = tiny.learner(config, tiny.model(open_gates=True))
+    second = tiny.learner(config, tiny.model(open_gates=True), optimizer)
     second.restore(tensors, counters)
     assert second.step_number == 3
     assert tiny.train(second, source, 3) == expected[3:]
     assert tiny.same(second.state()[0], straight.state()[0]) and second.state()[1] == straight.state()[1]
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in second.state()[0])
+    projected = [name for name in second.state()[0] if name.startswith("optimizer.norm.")]
+    assert bool(projected) is (optimizer.name != "adamw")
+
+
+def test_projections_hang_on_the_seed_of_the_run() -> None:
+    config, found = tiny.training(), []
+    for seed in (0, 0, 1):
+        attached = tiny.model(open_gates=True)
+        of = Learner(attached, ReadingLoss(attached, config), config, OPTIMIZERS[2], seed=seed)
+        tiny.train(of, tiny.batches(config), 3)
+        found.append(tiny.weights(attached.sidecars))
+    assert tiny.same(found[0], found[1]) and not tiny.same(found[0], found[2])
 
 
 def test_a_run_can_be_restored_before_its_first_step() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cortex_core.config import UpdateConfig
 from cortex_core.errors import DataError, IncompatibleError
 from cortex_core.training.pretrain import MOMENTS, STATE, Pretraining, rate_at
 from cortex_core.training.pretrain_config import PretrainConfig
@@ -22,8 +23,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(pretrain_config: PretrainConfig, tmp_path: Path) -> None:
-    whole, first, second = (Pretraining.start(pretrain_config) for _ in range(3))
+@pytest.mark.parametrize("optimizer", ["adamw", "apollo", "apollo_mini"])
+def test_a_resumed_run_is_the_same_to_the_bit(pretrain_config: PretrainConfig, tmp_path: Path, optimizer: str) -> None:
+    update = UpdateConfig.model_validate({"name": optimizer, "update_proj_gap": 2})
+    config = pretrain_config.model_copy(update={"optimizer": update})
+    whole, first, second = (Pretraining.start(config) for _ in range(3))
     whole_metrics = list(whole.run())
     for metrics in first.run():
         if metrics["step"] == 3:
@@ -54,8 +58,11 @@ def test_checkpoints_do_not_wait_for_reports(
     assert saved == [2, 4, 5]
 
 
-def test_training_lowers_the_losses(pretrain_config: PretrainConfig) -> None:
-    run = Pretraining.start(pretrain_config.model_copy(update={"steps": 40, "report_every_steps": 40}))
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 2e-3), ("apollo", 8e-3), ("apollo_mini", 8e-3)])
+def test_training_lowers_the_losses(pretrain_config: PretrainConfig, optimizer: str, rate: float) -> None:
+    settings = {"steps": 40, "report_every_steps": 40, "learning_rate": rate}
+    update = UpdateConfig.model_validate({"name": optimizer})
+    run = Pretraining.start(pretrain_config.model_copy(update=settings | {"optimizer": update}))
     before = bits_per_byte(run.model, run.corpus, window_tokens=128)["nats_per_token"]
     [metrics] = list(run.run())
     assert bits_per_byte(run.model, run.corpus, window_tokens=128)["nats_per_token"] < 0.9 * before
@@ -75,6 +82,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert (tmp_path / MOMENTS).is_file()
     for changed, complaint in (
         ({"learning_rate": 1e-4}, "with learning_rate = 0.002, this run has 0.0001"),
+        ({"optimizer": UpdateConfig(name="apollo")}, "with optimizer.name = adamw, this run has apollo"),
         ({"rows": pretrain_config.rows.model_copy(update={"early_steps": 3})}, "rows.early_steps = 2, this run has 3"),
     ):
         with pytest.raises(IncompatibleError, match=complaint):
