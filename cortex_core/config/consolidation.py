@@ -50,7 +50,7 @@ class CodesConfig(Settings):
     code_size: PositiveInt = 128
     """Numbers in a code."""
     hidden_size: PositiveInt = 256
-    """Hidden units of encoder and decoder, one layer each."""
+    """Hidden units of encoder and decoder, one layer each, beside a linear map."""
     num_directions: PositiveInt = 2
     """Singular directions of each head's change that are encoded, the largest first. Cost grows linearly; what lies
     in the others is lost."""
@@ -58,10 +58,12 @@ class CodesConfig(Settings):
     """Optimizer steps of one fit."""
     batch_size: PositiveInt = 64
     """Segments per step."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
     """Peak rate of AdamW; it falls to 0 over the fit as a half cosine."""
     weight_decay: NonNegative = 1e-4
-    """Decoupled weight decay. More of it where there are few segments."""
+    """Decoupled weight decay."""
+    validation_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the segments of a fit that only say when it was best: that is what it ends with."""
 
 
 class ReplayConfig(Settings):

@@ -20,6 +20,8 @@ from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
 SMALLEST_SCALE = 1e-6
 """Deviation below which a feature counts as constant, and is not divided by it."""
+JUDGED_EVERY_STEPS = 25
+"""Steps of a fit between two looks at the segments that are held out."""
 
 
 class StatisticsShape(NamedTuple):
@@ -37,7 +39,8 @@ class StatisticsShape(NamedTuple):
 
 
 class SegmentCoder(nn.Module):
-    """What is recoverable of statistics to `code_size` numbers and back, each way through one hidden layer.
+    """What is recoverable of statistics to `code_size` numbers and back: a linear map each way, and beside it a hidden
+    layer that adds nothing at first.
 
     Features are normalised by running moments, which `observe` alone changes; they are buffers, saved with the weights.
     """
@@ -54,15 +57,13 @@ class SegmentCoder(nn.Module):
         )  # fmt: skip
         self.sizes = [math.prod(part) for part in self.part_shapes]
         features = sum(self.sizes)
-        self.encoder = nn.Sequential(
-            nn.Linear(features, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.code_size)
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.code_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, features)
-        )
+        self.encoder, self.decoder = nn.Linear(features, config.code_size), nn.Linear(config.code_size, features)
+        self.encoder_bend = _bend(features, config.hidden_size, config.code_size)
+        self.decoder_bend = _bend(config.code_size, config.hidden_size, features)
         for name, size in (("feature", (features,)), ("delta", (layers, heads, rank, head_dim))):
             for part, value in Moments.zeros(*size)._asdict().items():
                 self.register_buffer(f"{name}_{part}", value)
+        self.register_buffer("num_fits", torch.tensor(0))
 
     @torch.no_grad()
     def observe(self, given: Recoverable) -> None:
@@ -74,16 +75,31 @@ class SegmentCoder(nn.Module):
             for part, value in merged._asdict().items():
                 self.get_buffer(f"{name}_{part}").copy_(value)
 
+    @torch.no_grad()
+    def begin(self, given: Recoverable) -> None:
+        """Begin with principal components: the best linear code of these segments, each number of variance 1 (or less,
+        where there is hardly any to scale up)."""
+        features = self._normalised(given)
+        _, strength, components = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+        strength = strength[: self.config.code_size] / len(features) ** 0.5
+        scale = strength.clamp_min(0.01 * float(strength[0])).clamp_min(SMALLEST_SCALE)
+        components = components[: len(scale)]
+        self.encoder.weight[: len(scale)] = components / scale[:, None]
+        self.encoder.bias.zero_()
+        self.decoder.weight.zero_()
+        self.decoder.weight[:, : len(scale)] = components.T * scale
+        self.decoder.bias.zero_()
+
     def encode(self, given: Recoverable) -> Float[Tensor, "segments code"]:
         """The codes. Raises IncompatibleError for statistics of another shape."""
         self._check(given)
-        mean, scale = self._scale()
-        return self.encoder((_flat(given) - mean) / scale)
+        features = self._normalised(given)
+        return self.encoder(features) + self.encoder_bend(features)
 
     def decode(self, codes: Float[Tensor, "segments code"]) -> Recoverable:
         """What they say."""
-        mean, scale = self._scale()
-        parts = (mean + scale * self.decoder(codes)).split(self.sizes, dim=-1)
+        features = (self.decoder(codes) + self.decoder_bend(codes)) * self._scale() + self._moments("feature").mean
+        parts = features.split(self.sizes, dim=-1)
         return Recoverable(*(part.unflatten(1, size) for part, size in zip(parts, self.part_shapes, strict=True)))
 
     def errors(self, given: Recoverable) -> dict[str, Float[Tensor, ""]]:
@@ -93,10 +109,10 @@ class SegmentCoder(nn.Module):
         entry by entry: entries in which nothing happens would weigh like the others.
         """
         decoded = self.decode(self.encode(given))
-        scales = self._scale()[1].split(self.sizes)
+        units = self._units().split(self.sizes)
         errors = {
-            name: ((getattr(decoded, name) - getattr(given, name)).flatten(1) / scale).square().mean()
-            for name, scale in zip(("mean", "log_variance"), scales[:2], strict=True)
+            name: ((getattr(decoded, name) - getattr(given, name)).flatten(1) / unit).square().mean()
+            for name, unit in zip(("mean", "log_variance"), units[:2], strict=True)
         }
         spread = self._moments("delta").variance.sum((-2, -1))
         spread = torch.where(spread > SMALLEST_SCALE**2, spread, 1.0)
@@ -116,7 +132,7 @@ class SegmentCoder(nn.Module):
             raise DataError(f"{count} held-out segments: variance needs at least 2")
         given = Recoverable.of(held_out, directions)
         decoded = self.decode(self.encode(given))
-        scales = dict(zip(Recoverable._fields, self._scale()[1].split(self.sizes), strict=True))
+        scales = dict(zip(Recoverable._fields, self._units().split(self.sizes), strict=True))
         pairs = {name: (getattr(given, name), getattr(decoded, name)) for name in ("mean", "log_variance", "delta_up")}
         pairs["whole_delta_up"] = (held_out.delta_up, decoded.delta_up)
         found = {}
@@ -129,10 +145,26 @@ class SegmentCoder(nn.Module):
     def _moments(self, name: str) -> Moments:
         return Moments(*(self.get_buffer(f"{name}_{part}") for part in Moments._fields))
 
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        moments = self._moments("feature")
-        deviation = moments.variance.sqrt()
-        return moments.mean, torch.where(deviation > SMALLEST_SCALE, deviation, 1.0)
+    def _units(self) -> Tensor:
+        """Of each feature. Means and log-variances have their own deviations; entries of factors that of their head, or
+        an error in a weak direction would count as much as one in a strong direction."""
+        mean, log_variance, *factors = self._moments("feature").variance.split(self.sizes)
+        for place, part in enumerate(self.part_shapes[2:]):
+            by_head = factors[place].view(part)
+            factors[place] = by_head.mean((-2, -1), keepdim=True).expand(part).flatten()
+        deviation = torch.cat([mean, log_variance, *factors]).sqrt()
+        return torch.where(deviation > SMALLEST_SCALE, deviation, 1.0)
+
+    def _scale(self) -> Tensor:
+        """What is 1 inside of the coder: units, times the root of how many features share a part, as all four parts
+        weigh the same."""
+        share = math.sqrt(len(self.sizes) / sum(self.sizes))
+        shares = [torch.full((size,), share * math.sqrt(size)) for size in self.sizes]
+        units = self._units()
+        return units * torch.cat(shares).to(units.device)
+
+    def _normalised(self, given: Recoverable) -> Tensor:
+        return (_flat(given) - self._moments("feature").mean) / self._scale()
 
     def _check(self, given: Recoverable) -> None:
         found, directions = StatisticsShape.of(given), given.left.shape[-1]
@@ -144,26 +176,48 @@ class SegmentCoder(nn.Module):
 
 
 def fit(coder: SegmentCoder, given: Recoverable, *, generator: Generator) -> dict[str, float]:
-    """Train on segments, which `observe` has seen or like which it has. Returns the errors of the last tenth of steps.
+    """Train on segments, which `observe` has seen, or others like these; the first fit starts with `begin`. The coder
+    ends as it was when it was best on a share of them that it was not trained on. Returns its errors there.
 
-    Raises DataError if the coder has seen none: features would not be normalised.
+    Raises DataError if the coder has seen none, as features would not be normalised, and for fewer than two.
     """
-    config = coder.config
+    config, count = coder.config, len(given.mean)
     if not float(coder.get_buffer("feature_num_vectors")):
         raise DataError("the coder has seen no segments, by which features are normalised: call observe first")
+    if count < 2:
+        raise DataError(f"{count} segments: a fit needs at least 2, one of them to say when it was best")
+    order = torch.randperm(count, generator=generator).to(given.mean.device)
+    held = min(max(1, round(config.validation_frac * count)), count - 1)
+    judge, given = given.at(order[:held]), given.at(order[held:])
+    if not int(coder.get_buffer("num_fits")):
+        coder.begin(given)
     optimizer = torch.optim.AdamW(coder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    last: list[dict[str, float]] = []
+    best = _judged(coder, judge)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         index = torch.randint(len(given.mean), (config.batch_size,), generator=generator)
-        errors = coder.errors(given.at(index.to(given.mean.device)))
         optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(errors.values())).sum().backward()
+        torch.stack(list(coder.errors(given.at(index.to(order.device))).values())).sum().backward()
         optimizer.step()
-        if step >= int(config.steps * 0.9):
-            last.append({f"codes/{name}_error": float(error.detach()) for name, error in errors.items()})
-    return {name: sum(errors[name] for errors in last) / len(last) for name in last[0]}
+        if (step + 1) % JUDGED_EVERY_STEPS == 0 or step + 1 == config.steps:
+            best = min(best, _judged(coder, judge), key=lambda judged: sum(judged[0].values()))
+    coder.load_state_dict(best[1])
+    coder.get_buffer("num_fits").add_(1)
+    return best[0]
+
+
+@torch.no_grad()
+def _judged(coder: SegmentCoder, judge: Recoverable) -> tuple[dict[str, float], dict[str, Tensor]]:
+    errors = {f"codes/{name}_error": float(error) for name, error in coder.errors(judge).items()}
+    return errors, {name: value.clone() for name, value in coder.state_dict().items()}
+
+
+def _bend(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    bend = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), last := nn.Linear(hidden, outputs))
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return bend
 
 
 def _flat(given: Recoverable) -> Tensor:

@@ -92,6 +92,44 @@ def test_what_has_no_causes_is_not() -> None:
     assert found["codes/low_rank_share"] < 0.95
 
 
+def begun(statistics: Statistics, config: CodesConfig) -> SegmentCoder:
+    torch.manual_seed(0)
+    coder = SegmentCoder(StatisticsShape.of(statistics), config)
+    given = Recoverable.of(statistics, config.num_directions)
+    coder.observe(given)
+    coder.begin(given)
+    return coder
+
+
+def test_it_begins_with_the_best_linear_code() -> None:
+    """With as many numbers as there are causes of the means, these are explained; the codes are white."""
+    statistics = Statistics.of(few_causes(200))
+    given = Recoverable.of(statistics, 1)
+    small, whole = (begun(statistics, SMALL.model_copy(update={"code_size": size})) for size in (3, 60))
+    codes = small.encode(given)
+    assert torch.allclose(codes.mean(0), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(codes.var(0, correction=0), torch.ones(3), rtol=1e-3)
+    assert small.explained_variance(statistics)["codes/mean_explained"] > 0.9
+    # More numbers than features: everything comes out, but for what has next to no variance.
+    for part, other in zip(whole.decode(whole.encode(given)), given, strict=True):
+        assert torch.allclose(part, other, atol=1e-2)
+    kept = trained(statistics)[0]
+    linear = begun(statistics, SMALL).errors(given)
+    assert sum(kept.errors(given).values()) <= sum(linear.values())
+
+
+def test_a_second_fit_goes_on_from_the_first() -> None:
+    statistics = Statistics.of(few_causes(100))
+    coder, _ = trained(statistics, SMALL.model_copy(update={"steps": 1, "learning_rate": 1e-9}))
+    before = coder.encode(Recoverable.of(statistics, 1)).detach()
+    coder.observe(new := Recoverable.of(Statistics.of(few_causes(100, seed=4)), 1))
+    fit(coder, new, generator=torch.Generator().manual_seed(1))
+    after, again = coder.encode(Recoverable.of(statistics, 1)), begun(Statistics.of(few_causes(100, seed=4)), SMALL)
+    assert int(coder.get_buffer("num_fits")) == 2
+    assert float((after.detach() - before).square().mean()) < 0.1
+    assert float((again.encode(Recoverable.of(statistics, 1)).detach() - before).square().mean()) > 0.5
+
+
 def test_an_untrained_coder_explains_nothing() -> None:
     statistics = Statistics.of(few_causes(50))
     torch.manual_seed(0)
@@ -159,6 +197,10 @@ def test_wrong_requests() -> None:
         SegmentCoder(shape, SMALL).encode(Recoverable.of(statistics, 2))
     with pytest.raises(DataError, match="call observe first"):
         fit(SegmentCoder(shape, SMALL), given, generator=torch.Generator())
+    seen = SegmentCoder(shape, SMALL)
+    seen.observe(given)
+    with pytest.raises(DataError, match="1 segments: a fit needs at least 2"):
+        fit(seen, given.at(torch.tensor([0])), generator=torch.Generator())
     with pytest.raises(DataError, match="1 held-out segments: variance needs at least 2"):
         SegmentCoder(shape, SMALL).explained_variance(Statistics(*(part[:1] for part in statistics)))
     with pytest.raises(DataError, match="there are none"):
