@@ -17,7 +17,7 @@ from torch import Tensor
 from cortex_core.backbone.session import Session
 from cortex_core.consolidation.moments import Moments
 from cortex_core.consolidation.segments import Marks
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, DataError
 from cortex_core.fast_weights.sidecar import Sidecar
 from cortex_core.fast_weights.state import FastWeights
 
@@ -67,19 +67,31 @@ class Segment:
         for layer, stats in self.stats.items():
             parts = {name: getattr(stats, name) for name in LayerStats.__dataclass_fields__}
             tensors |= {f"{layer}.{name}": part for name, part in parts.items() if part is not None}
-        names = ("first", "stop", "peak_surprise", "mean_surprise", "source", "step")
-        return tensors, {name: getattr(self, name) for name in names}
+        return tensors, {name: getattr(self, name) for name in _NOTES}
 
     @classmethod
     def from_payload(cls, tensors: Mapping[str, Tensor], notes: Mapping[str, str | int | float]) -> Segment:
-        """The inverse."""
+        """The inverse. Raises DataError for anything that is no segment: it may come from a file."""
         by_layer: dict[int, dict[str, Tensor]] = {}
-        for name, part in tensors.items():
-            if name != "token_ids":
-                layer, _, field = name.partition(".")
-                by_layer.setdefault(int(layer), {})[field] = part
-        stats = {layer: LayerStats(**parts) for layer, parts in sorted(by_layer.items())}
-        return cls(token_ids=tensors["token_ids"], stats=stats, **notes)  # type: ignore[arg-type]
+        try:
+            kept = {name: notes[name] for name in _NOTES}
+            wrong = [name for name, kind in _NOTES.items() if type(kept[name]) is not kind]
+            if wrong or tensors["token_ids"].shape != (notes["stop"] - notes["first"],):  # type: ignore[operator]
+                raise ValueError(f"{wrong[0]} is {kept[wrong[0]]!r}" if wrong else "not as many tokens as positions")
+            for name, part in tensors.items():
+                if name != "token_ids":
+                    layer, _, field = name.partition(".")
+                    by_layer.setdefault(int(layer), {})[field] = part
+            stats = {layer: LayerStats(**parts) for layer, parts in sorted(by_layer.items())}
+            odd = [n for n, s in stats.items() if s.mean.shape != s.variance.shape or s.delta_up.dim() != 3]
+            if odd:
+                raise ValueError(f"the statistics of layer {odd[0]} do not fit each other")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"not a segment ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from error
+        return cls(token_ids=tensors["token_ids"], stats=stats, **kept)  # type: ignore[arg-type]
+
+
+_NOTES = {"first": int, "stop": int, "peak_surprise": float, "mean_surprise": float, "source": str, "step": int}
 
 
 class Chunk(NamedTuple):

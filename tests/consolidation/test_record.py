@@ -14,7 +14,7 @@ from cortex_core.config import ReplayConfig, SegmentsConfig
 from cortex_core.consolidation.record import Chunk, Segment, finish, record, states_of_session
 from cortex_core.consolidation.replay import ReplayBuffer
 from cortex_core.consolidation.segments import SegmentState, detect
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, DataError
 from tests.backbone.families import SEGMENT, random_ids, with_memory
 from tests.consolidation.scenes import BATCH, CONFIG, LAYERS, SOURCES, TOKENS, Stream, read_in_calls
 
@@ -59,7 +59,7 @@ def test_it_is_what_the_whole_stream_says(hebbian: bool) -> None:
                 assert torch.equal(stats.delta_down, down[row, segment.stop] - down[row, segment.first])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.lists(st.integers(0, TOKENS), max_size=6), st.integers(0, 5))
 def test_any_split_over_calls_records_the_same(cuts: list[int], seed: int) -> None:
     stream = Stream(seed)
@@ -111,6 +111,26 @@ def test_a_segment_survives_the_replay_buffer(hebbian: bool) -> None:
     again = Segment.from_payload(item.tensors, item.notes)
     assert apart(again, segment) == 0.0
     assert list(again.stats) == list(segment.stats)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "notes", "message"),
+    [
+        ({}, {"stop": 5}, "not as many tokens as positions"),
+        ({}, {"first": "0"}, "first is '0'"),
+        ({}, {"source": 3}, "source is 3"),
+        ({"1.variance": torch.zeros(2)}, {}, "(the statistics of layer 1 do not fit|TypeCheckError)"),
+        ({"1.spread": torch.zeros(2)}, {}, "TypeError"),
+        ({"one.mean": torch.zeros(2)}, {}, "invalid literal"),
+        ({"7.mean": torch.zeros(2)}, {}, "TypeError"),
+    ],
+)
+def test_what_is_no_segment_is_refused(tensors: dict, notes: dict, message: str) -> None:
+    whole = read_in_calls(Stream(), [])[0][0].payload()
+    with pytest.raises(DataError, match=f"not a segment.*{message}"):
+        Segment.from_payload(whole[0] | tensors, whole[1] | notes)
+    with pytest.raises(DataError, match="KeyError: 'step'"):
+        Segment.from_payload(whole[0], {name: note for name, note in whole[1].items() if name != "step"})
 
 
 # --- with a model -----------------------------------------------------------------------------------------------------
