@@ -118,6 +118,15 @@ def test_it_begins_with_the_best_linear_code() -> None:
     assert sum(kept.errors(given).values()) <= sum(linear.values())
 
 
+def test_a_fit_that_goes_wrong_ends_where_it_was_best() -> None:
+    statistics = Statistics.of(few_causes(100))
+    given = Recoverable.of(statistics, 1)
+    wild, told = trained(statistics, SMALL.model_copy(update={"learning_rate": 3.0, "steps": 60}))
+    linear = begun(statistics, SMALL)
+    errors = [float(sum(coder.errors(given).values()).detach()) for coder in (wild, linear)]
+    assert errors[0] < 1.5 * errors[1] and sum(told.values()) < 0.2  # ten segments judge it
+
+
 def test_a_second_fit_goes_on_from_the_first() -> None:
     statistics = Statistics.of(few_causes(100))
     coder, _ = trained(statistics, SMALL.model_copy(update={"steps": 1, "learning_rate": 1e-9}))

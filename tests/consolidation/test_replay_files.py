@@ -67,7 +67,7 @@ from cortex_core.consolidation import files
 from tests.consolidation.test_replay_files import buffer_of
 
 stop, path = sys.argv[1], Path(sys.argv[2])
-real = files.save_file
+real, events, buffer = files.save_file, [], buffer_of(5.0)
 
 def half(content, partial, metadata):
     real(content, partial, metadata=metadata)
@@ -75,28 +75,24 @@ def half(content, partial, metadata):
         file.truncate(os.path.getsize(partial) // 2)
     os._exit(9)
 
-calls = []
-def count(to_disk):
-    def wrapped(path):
-        calls.append(path)
-        if stop == f"before sync {len(calls)}":
+def die(event, details):
+    # Python reports whatever it is about to do to a file: opening, renaming, removing.
+    if event in ("open", "os.rename", "os.remove") and str(path.parent) in str(details[0]):
+        events.append(event)
+        if stop == f"before {len(events)}: {event}":
             os._exit(9)
-        to_disk(path)
-        if stop == f"after sync {len(calls)}":
-            os._exit(9)
-    return wrapped
 
-files._to_disk = count(files._to_disk)
 if stop == "in the middle of writing":
     files.save_file = half
-buffer_of(5.0).save(path)
+sys.addaudithook(die)
+buffer.save(path)
+print(*events)
 """
 POINTS = {
     "in the middle of writing": [1.0, 2.0],
-    "before sync 1": [1.0, 2.0],
-    "after sync 1": [1.0, 2.0],
-    "before sync 2": [5.0],
-    "after sync 2": [5.0],
+    "before 1: open": [1.0, 2.0],
+    "before 2: os.rename": [1.0, 2.0],
+    "before 3: open": [5.0],
     "never": [5.0],
 }
 
@@ -104,8 +100,10 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_a_process_that_dies_while_saving_leaves_the_last_good_file(saved: Path, point: str) -> None:
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", CRASH, point, str(saved)], cwd=root, check=False, timeout=120)
-    assert done.returncode == (0 if point == "never" else 9)
+    command = [sys.executable, "-c", CRASH, point, str(saved)]
+    done = subprocess.run(command, cwd=root, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == (0 if point == "never" else 9), done.stderr
+    assert point != "never" or done.stdout.split() == ["open", "os.rename", "open"]  # all of them are tried above
     assert [item.importance for item in ReplayBuffer.load(saved, CONFIG).items] == POINTS[point]
     buffer_of(6.0).save(saved)  # over whatever was left beside it
     assert [item.importance for item in ReplayBuffer.load(saved, CONFIG).items] == [6.0]
