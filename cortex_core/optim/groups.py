@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ MINI_SCALE = math.sqrt(128.0)
 
 def build_optimizer(
     parameters: Mapping[str, Tensor],
-    groups: Sequence[Mapping[str, Any]],
+    groups: list[dict[str, Any]],
     update: UpdateConfig,
     *,
     betas: tuple[float, float],
