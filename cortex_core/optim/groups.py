@@ -18,7 +18,7 @@ MINI_SCALE = math.sqrt(128.0)
 
 def build_optimizer(
     parameters: Mapping[str, Tensor],
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[dict[str, Any]],
     update: UpdateConfig,
     *,
     betas: tuple[float, float],
@@ -31,7 +31,7 @@ def build_optimizer(
     APOLLO's projections hang on `seed` and on the names. `foreach` is how AdamW goes about it.
     """
     if update.name == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, foreach=foreach)
+        return torch.optim.AdamW(list(groups), betas=betas, weight_decay=weight_decay, foreach=foreach)
     names = {id(parameter): name for name, parameter in parameters.items()}
     split: list[dict[str, Any]] = []
     for group in groups:

@@ -18,7 +18,7 @@ UNSEEN = 1e-18
 
 
 def adam_directions(
-    seen: Sequence[Tensor], states: Sequence[dict[str, Tensor]], betas: tuple[float, float], eps: float
+    seen: list[Tensor], states: Sequence[dict[str, Tensor]], betas: tuple[float, float], eps: float
 ) -> list[Tensor]:
     """Takes in what is seen of some gradients, and gives Adam's bias-corrected m / (sqrt(v) + eps) for each of them."""
     first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
