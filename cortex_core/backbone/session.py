@@ -83,6 +83,23 @@ class Session:
             dict(self.states), self.open_rows, self.start_tokens, self.identity, self.empty, self.log, self.before
         )
 
+    def repeated(self, times: int) -> Session:
+        """Each row as often, in turn: as many independent readers that know the same. Without the log."""
+        if times < 1:
+            raise ConfigError(f"times = {times}: at least 1")
+
+        def again(part: torch.Tensor) -> torch.Tensor:
+            return part.repeat_interleave(times, dim=0)
+
+        def rows(of: Rows) -> Rows:
+            return Rows(again(of.input_ids), again(of.reward), again(of.lengths))
+
+        states = {layer: state.map(again) for layer, state in self.states.items()}
+        before = None if self.before is None else rows(self.before)
+        return Session(
+            states, rows(self.open_rows), again(self.start_tokens), self.identity, self.empty, before=before
+        )
+
     def reset(self) -> None:
         """Forget everything: the session is as new."""
         batch, device = self.batch_size, self.start_tokens.device
