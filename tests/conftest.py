@@ -34,7 +34,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Only the packages of tensors: beartype would also wrap pydantic classes, which check themselves.
 install_import_hook(
-    [f"cortex_core.{name}" for name in ("fast_weights", "backbone", "training", "eval")], "beartype.beartype"
+    [f"cortex_core.{name}" for name in ("fast_weights", "backbone", "consolidation", "training", "eval")],
+    "beartype.beartype",
 )
 
 # The same examples in every run: what fails for one fails for all. No deadline, because first calls import torch.

@@ -7,6 +7,13 @@ its documentation: unit, range, effect. Cross-field rules are validators named a
 from __future__ import annotations
 
 from cortex_core.config.backbone import ASSETS, BUILTIN, BackboneConfig
+from cortex_core.config.consolidation import (
+    CodesConfig,
+    FisherConfig,
+    ReplayConfig,
+    ScalingConfig,
+    SegmentsConfig,
+)
 from cortex_core.config.data import (
     CORPUS_SUFFIXES,
     DataConfig,
@@ -26,14 +33,19 @@ __all__ = [
     "BUILTIN",
     "CORPUS_SUFFIXES",
     "BackboneConfig",
+    "CodesConfig",
     "DataConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
     "FillerName",
+    "FisherConfig",
     "Fraction",
     "NonNegative",
     "OptimizerConfig",
     "PositiveInt",
+    "ReplayConfig",
+    "ScalingConfig",
+    "SegmentsConfig",
     "Settings",
     "SourceName",
     "TaskName",

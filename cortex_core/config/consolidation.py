@@ -1,0 +1,113 @@
+"""What sleep is made of: segments, their codes, the replay buffer, the anchor and the scaling of slow weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
+
+
+class SegmentsConfig(Settings):
+    """When reading is surprising enough to be kept: hysteresis on surprise over its own running average."""
+
+    open_ratio: Annotated[float, Field(gt=1.0)] = 1.2
+    """Surprise over its average, above which a segment opens. Higher keeps less."""
+    close_ratio: Annotated[float, Field(gt=0.0)] = 1.05
+    """Surprise over its average, below which the open segment closes. Nearer to 1 makes segments longer."""
+    average_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.98
+    """What one token leaves of the average: 0.98 looks back about 50 tokens. An average as quick as the surprise
+    itself closes a segment by catching up with it."""
+    warmup_tokens: PositiveInt = 32
+    """First tokens of a stream, which only feed the average: none of them opens a segment."""
+    min_tokens: PositiveInt = 4
+    """Tokens that a segment has at least: it stays open so long, whatever the surprise."""
+    max_tokens: PositiveInt = 256
+    """Tokens that a segment has at most; what is still surprising then opens the next one."""
+
+    @model_validator(mode="after")
+    def opening_is_above_closing(self) -> SegmentsConfig:
+        """Between the two a segment stays what it is; without a gap every token near the threshold is a border."""
+        if self.close_ratio >= self.open_ratio:
+            raise ValueError(
+                f"close_ratio = {self.close_ratio} must be below open_ratio = {self.open_ratio}, or segments flicker "
+                "at the threshold. Lower close_ratio"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def segments_may_end(self) -> SegmentsConfig:
+        """The shortest segment is not longer than the longest."""
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens = {self.min_tokens} must be at most max_tokens = {self.max_tokens}")
+        return self
+
+
+class CodesConfig(Settings):
+    """The encoder of a segment's statistics into a few numbers, and its decoder."""
+
+    code_size: PositiveInt = 128
+    """Numbers in a code."""
+    hidden_size: PositiveInt = 256
+    """Hidden units of encoder and decoder, one layer each, beside a linear map."""
+    num_directions: PositiveInt = 2
+    """Singular directions of each head's change that are encoded, the largest first. Cost grows linearly; what lies
+    in the others is lost."""
+    steps: PositiveInt = 500
+    """Optimizer steps of one fit."""
+    batch_size: PositiveInt = 64
+    """Segments per step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak rate of AdamW; it falls to 0 over the fit as a half cosine."""
+    weight_decay: NonNegative = 1e-4
+    """Decoupled weight decay."""
+    validation_frac: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the segments of a fit that only say when it was best: that is what it ends with."""
+
+
+class ReplayConfig(Settings):
+    """What is kept for sleep, and what of it is replayed."""
+
+    capacity_items: PositiveInt = 1024
+    """Items that are kept at most."""
+    capacity_bytes: PositiveInt = 268_435_456
+    """Bytes of their tensors and notes that are kept at most. One item that is larger is refused."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """What one sleep leaves of an item's importance, when it comes to what has to go. 1 forgets by importance alone."""
+    surprise_power: NonNegative = 1.0
+    """How much draws prefer surprising items: their weight is surprise to this power. 0 draws evenly."""
+    draw_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """What one sleep leaves of an item's weight in draws: below 1 prefers new items, 1 ignores age."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the draws. The same items, seed and number of draws so far give the same draw."""
+
+
+class FisherConfig(Settings):
+    """How slow weights are held to where they were: a quadratic penalty, by the diagonal of the Fisher matrix."""
+
+    weight: NonNegative = 1.0
+    """Factor of the penalty. 0 turns it off."""
+    decay: Fraction = 0.9
+    """What one consolidation epoch leaves of the estimate before it. 1 sums all epochs, 0 knows the last one alone."""
+    damping: NonNegative = 0.0
+    """Added to every entry of the diagonal, in units of the Fisher matrix: holds what no example was sensitive to."""
+    labels: Literal["given", "sampled"] = "given"
+    """Whose answers the gradients are of: `given` are the examples' own (empirical Fisher: also counts how wrong the
+    model is), `sampled` are drawn from the model (true Fisher: the curvature of its KL divergence)."""
+    per_example: Literal["vmap", "loop"] = "vmap"
+    """How each example gets a gradient of its own: all of a chunk at once, or one after the other, for models that
+    vmap does not take. The result is the same."""
+    chunk_examples: PositiveInt = 16
+    """Examples at once. Memory is this many gradients."""
+
+
+class ScalingConfig(Settings):
+    """Synaptic scaling: each unit's weights are multiplied towards a norm."""
+
+    rate: Fraction = 0.0
+    """Share of the way, in the logarithm of the norm, that one application goes. 0 is off, 1 sets the norm."""
+    target_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Norm of a unit's weights that is aimed at, where the caller gives none per unit."""
+    max_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    """Largest factor by which one application changes a norm, up or down."""
