@@ -11,7 +11,7 @@ from cortex_core.config.settings import Fraction, PositiveInt, Settings
 TaskName = Literal[
     "key_value", "copy_reverse", "n_back", "long_addition", "multi_query_recall", "forgetting", "needle_single",
     "needle_multi_key", "needle_multi_value", "needle_multi_query", "variable_tracking", "world_qa1", "world_qa2",
-    "world_qa3", "world_qa4", "world_qa5", "split_addition", "session_facts",
+    "world_qa3", "world_qa4", "world_qa5", "split_addition",
 ]  # fmt: skip
 SourceName = Literal[TaskName, "corpus"]
 """What a mixture is made of: tasks, and plain text."""
@@ -42,7 +42,7 @@ class TasksConfig(Settings):
     fillers: Annotated[tuple[FillerName, ...], Field(min_length=1)] = ("text", "random")
     """What stands in the gap: real text, random tokens, or either."""
     num_pairs: Annotated[int, Field(ge=1, le=64)] = 6
-    """Keys per example of key_value, session_facts, forgetting and multi_query_recall."""
+    """Keys per example of key_value, forgetting and multi_query_recall."""
     any_token_frac: Fraction = 0.5
     """Share of training examples whose words are any tokens; never held-out words."""
     num_queries: Annotated[int, Field(ge=1)] = 6

@@ -76,7 +76,8 @@ def consolidate(
             value.copy_(before[name])
     length = torch.stack([change.norm() for change in delta.values()]).norm()
     return Night(
-        delta, {"sleep/loss_first_nats": losses[0], "sleep/loss_last_nats": losses[-1], "sleep/delta_norm": float(length)}
+        delta,
+        {"sleep/loss_first_nats": losses[0], "sleep/loss_last_nats": losses[-1], "sleep/delta_norm": float(length)},
     )
 
 

@@ -23,7 +23,6 @@ from cortex_core.tasks.long_addition import LongAddition, SplitAddition
 from cortex_core.tasks.multi_query_recall import MultiQueryRecall
 from cortex_core.tasks.n_back import NBack
 from cortex_core.tasks.needle import MultiKeyNeedle, MultiQueryNeedle, MultiValueNeedle, Needle
-from cortex_core.tasks.session_facts import SessionFacts
 from cortex_core.tasks.variable_tracking import VariableTracking
 from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 from cortex_core.tasks.world_tasks import WorldQA1, WorldQA2, WorldQA3, WorldQA4, WorldQA5
@@ -50,7 +49,6 @@ _TASKS: dict[TaskName, type[TextTask]] = {
     "world_qa4": WorldQA4,
     "world_qa5": WorldQA5,
     "split_addition": SplitAddition,
-    "session_facts": SessionFacts,
 }
 
 
@@ -73,7 +71,7 @@ def build_task(
     if name == "corpus":
         return CorpusText(vocabulary, TextFiller(corpus, split), split, seed)
     make = _TASKS[name]
-    if issubclass(make, KeyValue | MultiQueryRecall | SessionFacts):
+    if issubclass(make, KeyValue | MultiQueryRecall):
         return make(vocabulary, hidden_in, split, seed, num_pairs, any_token_frac=any_token_frac)
     return make(vocabulary, hidden_in, split, seed, any_token_frac=any_token_frac)
 
