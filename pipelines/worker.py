@@ -224,8 +224,7 @@ def _write(folder: Path, learner: Learner, config: RunConfig, backbone: str, doc
     checkpoint.save(folder, learner)
     if document is None:
         return folder
-    weights = dict(learner.average)
-    weights |= {f"{name}.live": addresses.live for name, addresses in learner.usage.addresses.items()}
+    weights = dict(learner.model.sidecars.state_dict()) | learner.average
     write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
     (folder / EVALUATION).write_text(json.dumps(document))
     return folder

@@ -6,6 +6,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -152,3 +153,16 @@ def checkpoint_layers(backbone: PreTrainedModel, first: int) -> None:
     layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = layer.training = number >= first  # of it alone: its dropouts stay off
+
+
+def with_slow_weights(config: FastWeightsConfig, slots: int, active: int) -> FastWeightsConfig:
+    """`config` with slow weights of these sizes. Raises ConfigError: it has others, or cannot have any."""
+    if config.slow_slots and (config.slow_slots, config.slow_active) != (slots, active):
+        raise ConfigError(
+            f"slow weights: there are {config.slow_slots} slots already, of which {config.slow_active} answer; others "
+            f"({slots}, {active}) could not hold what these do. Keep those, or begin with sidecars that have not slept"
+        )
+    try:
+        return FastWeightsConfig.model_validate(config.model_dump() | {"slow_slots": slots, "slow_active": active})
+    except ValidationError as error:
+        raise ConfigError(f"slow weights: {error.errors()[0]['msg']}") from None

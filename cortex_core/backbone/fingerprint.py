@@ -14,9 +14,11 @@ SAMPLE = 64
 
 
 def fingerprint(
-    module: nn.Module, gathered: Callable[[Any], AbstractContextManager[Any]] = lambda _: nullcontext()
+    module: nn.Module,
+    gathered: Callable[[Any], AbstractContextManager[Any]] = lambda _: nullcontext(),
+    without: str | None = None,
 ) -> str:
-    """16 hex digits from the name, shape and first 64 values of every parameter.
+    """16 hex digits from the name, shape and first 64 values of every parameter whose name does not end in `without`.
 
     Values count in bfloat16, so that a backbone has the same fingerprint in float32 and in bfloat16. In float16 it may
     have another one: rounded twice, values can differ. `gathered(parameter)` makes a sharded parameter whole while it
@@ -25,6 +27,8 @@ def fingerprint(
     digest = hashlib.sha256()
     names, samples = [], []
     for name, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
+        if without is not None and name.endswith(without):
+            continue
         with gathered(parameter):
             names.append(f"{name}{tuple(parameter.shape)}")
             samples.append(parameter.detach().flatten()[:SAMPLE].to(torch.bfloat16, copy=True))

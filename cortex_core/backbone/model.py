@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from cortex_core.backbone.forgetting import forget, tagged
 from cortex_core.backbone.generate import generate
 from cortex_core.backbone.load import in_assets, load_backbone
 from cortex_core.backbone.passes import MemoryPass, States
-from cortex_core.backbone.reading import advance, metrics_of
+from cortex_core.backbone.reading import CortexOutput, advance, metrics_of
 from cortex_core.backbone.segments import Layout, Rows, checked_rows
 from cortex_core.backbone.session import Session
 from cortex_core.backbone.session_files import load_session
@@ -29,17 +28,6 @@ from cortex_core.backbone.write_log import WriteLog
 from cortex_core.config import BackboneConfig, FastWeightsConfig
 from cortex_core.fast_weights.sidecar import Sidecar
 from cortex_core.privacy.write_filter import WriteFilter
-
-
-@dataclass(frozen=True)
-class CortexOutput:
-    """Result of a call."""
-
-    logits: Float[Tensor, "batch tokens vocab"] | None
-    """For each new token (or the last `logits_to_keep`), what comes next. At padding: no meaning. None after `read`."""
-    metrics: dict[str, float]
-    """`memory/write_frac`, `memory/surprise`: means over layers and the tokens of the last backbone call, the open
-    segment's earlier tokens among them; `memory/state_norm`: after it, mean over layers. Empty with the memory off."""
 
 
 class Cortex(nn.Module):
@@ -113,6 +101,15 @@ class Cortex(nn.Module):
             fingerprint(self.backbone),
         )
 
+    def grow_slow_weights(self, slots: int, active: int = 32) -> None:
+        """Give each memory slow weights, into which sleep can move what fast weights hold; they read 0 until then.
+
+        Raises ConfigError: there are slow weights of other sizes already, or this memory cannot have any.
+        """
+        self.fast_weights = attach.with_slow_weights(self.fast_weights, slots, active)
+        for sidecar in self.sidecars_by_layer.values():
+            sidecar.grow_slow_weights(self.fast_weights)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -123,7 +120,7 @@ class Cortex(nn.Module):
 
     @contextmanager
     def memory(self, on: bool) -> Iterator[Cortex]:
-        """`with model.memory(False):` is the bare model; sessions given to it are neither read nor advanced."""
+        """`with model.memory(False):` is the bare model; sessions given to it stay as they are."""
         before, self._memory_on = self._memory_on, on
         try:
             yield self
@@ -181,7 +178,8 @@ class Cortex(nn.Module):
 
     def identity(self) -> dict[str, str]:
         """Fingerprints that a session must share with the model that continues it."""
-        return {"backbone": fingerprint(self.backbone), "sidecars": fingerprint(self.sidecars)}
+        slept = "slow.values"  # sessions outlive a night
+        return {"backbone": fingerprint(self.backbone), "sidecars": fingerprint(self.sidecars, without=slept)}
 
     def empty_states(self, batch: int) -> States:
         """Per memory layer, a state that holds nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 16_384
 """Tokens per backbone call when a call reads more: bounds memory, large enough to keep the processor busy."""
+
+
+@dataclass(frozen=True)
+class CortexOutput:
+    """Result of a call."""
+
+    logits: Float[Tensor, "batch tokens vocab"] | None
+    """For each new token (or the last `logits_to_keep`), what comes next. At padding: no meaning. None after `read`."""
+    metrics: dict[str, float]
+    """`memory/write_frac`, `memory/surprise`: means over layers and the tokens of the last backbone call, the open
+    segment's earlier tokens among them; `memory/state_norm`: after it, mean over layers. Empty with the memory off."""
 
 
 def read_segments(

@@ -83,18 +83,40 @@ class Session:
             dict(self.states), self.open_rows, self.start_tokens, self.identity, self.empty, self.log, self.before
         )
 
+    def repeated(self, times: int) -> Session:
+        """Each row as often, in turn: as many independent readers that know the same. Without the log."""
+        if times < 1:
+            raise ConfigError(f"times = {times}: at least 1")
+
+        def again(part: torch.Tensor) -> torch.Tensor:
+            return part.repeat_interleave(times, dim=0)
+
+        def rows(of: Rows) -> Rows:
+            return Rows(again(of.input_ids), again(of.reward), again(of.lengths))
+
+        states = {layer: state.map(again) for layer, state in self.states.items()}
+        before = None if self.before is None else rows(self.before)
+        return Session(states, rows(self.open_rows), again(self.start_tokens), self.identity, self.empty, before=before)
+
+    def wipe(self) -> None:
+        """Forget what was written, and go on: the open segment, of which nothing is written yet, stays."""
+        self.states = {n: s._replace(context=self.states[n].context) for n, s in self._empty_states().items()}
+        if self.log is not None:
+            self.log = self.log.emptied(self.states, self.start_tokens)
+
     def reset(self) -> None:
         """Forget everything: the session is as new."""
-        batch, device = self.batch_size, self.start_tokens.device
-        self.states = {
-            layer: s.map(lambda part: part.expand(batch, *part.shape[1:])) for layer, s in self.empty.items()
-        }
-        self.open_rows = Rows.empty(batch, device)
+        self.states = self._empty_states()
+        self.open_rows = Rows.empty(self.batch_size, self.start_tokens.device)
         self.start_tokens = torch.zeros_like(self.start_tokens)
         self.before = None
         if self.log is not None:
             self.log = self.log.emptied(self.states)
             self.open_rows = self.open_rows.with_tags()
+
+    def _empty_states(self) -> States:
+        batch = self.batch_size
+        return {n: s.map(lambda part: part.expand(batch, *part.shape[1:])) for n, s in self.empty.items()}
 
     def save(self, path: str | Path, dtype: str = "float32") -> None:
         """Write one safetensors file; an existing one is replaced only once the new one is whole.

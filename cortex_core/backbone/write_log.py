@@ -130,9 +130,11 @@ class WriteLog:
         first = next(iter(states.values())).up
         return cls(capacity, (), torch.zeros(len(first), 0, dtype=torch.bool, device=first.device), layers)
 
-    def emptied(self, states: Mapping[int, FastWeights]) -> WriteLog:
-        """The log of a session that begins anew with `states`."""
+    def emptied(self, states: Mapping[int, FastWeights], start: Int[Tensor, " batch"] | None = None) -> WriteLog:
+        """The log of a session that begins anew with `states`, at position 0 or `start`."""
         layers = {n: LayerLog.empty(state, self.layers[n].written.keys.shape[-1]) for n, state in states.items()}
+        if start is not None:
+            layers = {n: log._replace(start=start) for n, log in layers.items()}
         return WriteLog(self.capacity, (), self.folded[:, :0], layers)
 
     @property

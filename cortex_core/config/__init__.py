@@ -13,6 +13,7 @@ from cortex_core.config.consolidation import (
     ReplayConfig,
     ScalingConfig,
     SegmentsConfig,
+    SleepConfig,
 )
 from cortex_core.config.data import (
     CORPUS_SUFFIXES,
@@ -47,6 +48,7 @@ __all__ = [
     "ScalingConfig",
     "SegmentsConfig",
     "Settings",
+    "SleepConfig",
     "SourceName",
     "TaskName",
     "TasksConfig",

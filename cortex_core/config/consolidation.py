@@ -111,3 +111,41 @@ class ScalingConfig(Settings):
     """Norm of a unit's weights that is aimed at, where the caller gives none per unit."""
     max_factor: Annotated[float, Field(gt=1.0)] = 2.0
     """Largest factor by which one application changes a norm, up or down."""
+
+
+class SleepConfig(Settings):
+    """When a model sleeps, and how it learns meanwhile."""
+
+    every_tokens: PositiveInt = 512
+    """Tokens read between two sleeps, rounded up to whole segments of the backbone: a day."""
+    questions: Annotated[tuple[str, ...], Field(min_length=1)] = (" recall",)
+    """What stands before a cue in a question that the model asks itself; an empty text continues what was read."""
+    cue_tokens: PositiveInt = 1
+    """Tokens before a written one that are its cue: as many as tell what it belongs to."""
+    min_write: Fraction = 0.05
+    """Strength of a write, mean over heads, from which on it gives a question."""
+    min_gain_nats: NonNegative = 0.1
+    """KL between the answers with and without fast weights, from which on there is something to learn."""
+    max_lessons: PositiveInt = 256
+    """Questions of one night at most: those from whose answers there is most to learn."""
+    steps: PositiveInt = 8
+    """Optimizer steps per night."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
+    """Rate of Adam on the slow weights."""
+    replayed: Annotated[int, Field(ge=0)] = 32
+    """Lessons of earlier nights that are drawn anew for every step; 0 replays nothing."""
+    replay_weight: NonNegative = 1.0
+    """Weight of what is replayed, against tonight's lessons."""
+    batch_size: PositiveInt = 64
+    """Questions that are answered side by side: a matter of memory and speed alone."""
+    top_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Likeliest tokens of an answer that are kept one by one; the rest counts as one."""
+    slots: Annotated[int, Field(ge=2, le=1_048_576)] = 2048
+    """Slots of slow weights that are added to a memory without any."""
+    active: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Of these, how many answer an address (`fast_weights.slow_active`)."""
+    max_drift_nats: NonNegative = 0.01
+    """Largest KL(bare model || model with slow weights) on held-out text, mean per token; a night that goes beyond it
+    is undone."""
+    guard_windows: Annotated[int, Field(ge=0)] = 8
+    """Windows of held-out text on which that is measured; 0 does not measure."""

@@ -58,6 +58,11 @@ class FastWeightsConfig(Settings):
     adapter_rank: Annotated[int, Field(ge=0)] = 0
     """Rank of learned maps of what is stored, from the layer's last few inputs, and of what is read, over all heads. 0
     stores the layer's own values and adds what was read: enough where the answer is a token that was written."""
+    slow_slots: Annotated[int, Field(ge=0, le=1_048_576)] = 0
+    """Slots of the slow weights, into which sleep moves what the fast weights hold; a layer keeps about as many facts.
+    0 has none: `cortex sleep` adds them to sidecars that were trained without."""
+    slow_active: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Slots that answer an address: more make neighbouring addresses more alike, and distant facts interfere."""
     controller: bool = True
     """Whether surprise, uncertainty, reward and phase modulate the write gate."""
     controller_hidden: PositiveInt = 16
@@ -99,6 +104,26 @@ class FastWeightsConfig(Settings):
             raise ValueError(
                 f"adapter_rank = {self.adapter_rank} must be 0 with shared_values = true: heads that store all values "
                 "need no map between them. Choose one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def slow_weights_are_sparse(self) -> FastWeightsConfig:
+        """One slot more than those that answer says how near is near."""
+        if self.slow_slots and self.slow_active >= self.slow_slots:
+            raise ValueError(
+                f"slow_active = {self.slow_active} must be less than slow_slots = {self.slow_slots}: or every slot "
+                "answers every address, and facts cannot be told apart"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def slow_weights_share_the_keys(self) -> FastWeightsConfig:
+        """The other rules' reads and writes have addresses that move, or another width."""
+        if self.slow_slots and self.rule != "delta":
+            raise ValueError(
+                f'slow_slots = {self.slow_slots} needs rule = "delta", not {self.rule!r}: only there a fact has one '
+                "address for good"
             )
         return self
 

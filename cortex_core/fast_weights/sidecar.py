@@ -19,6 +19,7 @@ from cortex_core.fast_weights.decay import Decay
 from cortex_core.fast_weights.gate import TappedGate, hard_gate
 from cortex_core.fast_weights.replay import Written
 from cortex_core.fast_weights.rules import Dose, Rule, step_by_step
+from cortex_core.fast_weights.slow import SlowWeights
 from cortex_core.fast_weights.state import FastWeights
 
 
@@ -85,6 +86,9 @@ class Sidecar(nn.Module):
         self.output_gate = nn.Parameter(torch.zeros(shape.heads))
         self.controller = Controller(config) if config.controller else None
         self.value_dim = shape.heads * shape.value_dim if config.shared_values else shape.value_dim
+        self.slow: SlowWeights | None = None
+        if config.slow_slots:
+            self.grow_slow_weights(config)
 
     def empty_state(self, batch: int) -> FastWeights:
         """A memory that holds nothing."""
@@ -104,6 +108,14 @@ class Sidecar(nn.Module):
         """What must be kept of one reader, in bytes: no row for a dimension that was pruned."""
         pruned = int((self.addresses.live == 0).sum()) if self.config.rule == "delta" else 0
         return self.empty_state(1).num_bytes - pruned * self.value_dim * 4
+
+    def grow_slow_weights(self, config: FastWeightsConfig) -> None:
+        """Add slow weights of the sizes in `config`, which is otherwise this memory's own; none if there are some."""
+        self.config = config
+        if self.slow is None:
+            sizes = (self.shape.heads, config.rank, self.value_dim)
+            self.slow = SlowWeights(*sizes, slots=config.slow_slots, active=config.slow_active)
+            self.slow.to(self.output_gate.device)
 
     def rule(self) -> Rule:
         """The recurrence with the constants that the parameters now give."""
@@ -139,8 +151,8 @@ class Sidecar(nn.Module):
             gate = _Gate(self, tokens, hidden, values)
             surprise = None
             if gate.needs_surprise:
-                keys, _ = self.addresses(hidden, read=False)
-                surprise = signals.surprise(values, self.rule().predict(keys[:, :, -values.shape[2] :], state))
+                keys = self.addresses(hidden, read=False)[0][:, :, -values.shape[2] :]
+                surprise = signals.surprise(gate.news(values, keys), self.rule().predict(keys, state))
             gate(surprise, slice(None))
             return gate.modulated
 
@@ -171,6 +183,7 @@ class Sidecar(nn.Module):
         hidden, values, kept = self._given(tokens, initial_state)
         keys, queries = (x[:, :, -new:] for x in self.addresses(hidden, read=read))
         gate = _Gate(self, tokens, hidden, values)
+        values = gate.news(values, keys)
         rule, start = self.rule(), initial_state.matrices
         if anchor is not None:
             out, final = step_by_step(rule, keys, queries, values, gate, start, anchor.matrices)
@@ -194,6 +207,8 @@ class Sidecar(nn.Module):
             asked = hard_gate(self.read_gate(hidden)[:, :, -new:], config.dead_zone, config.saturation)
             if rule.hebbian and config.write_strength:  # what it holds is in units of the write strength
                 out = out / config.write_strength
+            if self.slow is not None:
+                out = out + self.slow(queries, (asked > 0).any(1))
             if self.adapters is not None:
                 out = self.adapters.read(out)
             out = self.output_gate[:, None, None] * out
@@ -216,6 +231,7 @@ class _Gate:
 
     def __init__(self, sidecar: Sidecar, tokens: LayerTokens, hidden: Tensor, values: Tensor) -> None:
         self.config, self.controller, self.tokens = sidecar.config, sidecar.controller, tokens
+        self.slow = sidecar.slow
         self.needs_surprise = self.controller is not None
         new = tokens.hidden.shape[1]
         opened = torch.ones(values.shape[:-1], device=values.device)
@@ -245,6 +261,16 @@ class _Gate:
             opened = opened * ~self.tokens.silent[:, None, now]
         ticks = opened if config.decay_per == "write" else valid.expand_as(opened).to(opened.dtype)
         return Dose(opened * config.write_strength, ticks)
+
+    def news(self, values: Tensor, keys: Tensor) -> Tensor:
+        """What of the values is not in the slow weights: what they know already does not surprise, and is not written.
+        The slow weights are asked where the gate may open; the controller can only close it further."""
+        if self.slow is None:
+            return values
+        may_open = self.activation > (self.config.dead_zone if self.config.gate == "hard" else 0.0)
+        if self.tokens.forced is not None:
+            may_open = may_open | self.tokens.forced[:, None]
+        return values - self.slow(keys, may_open.any(1))
 
     def ticks(self, write: Tensor) -> Tensor:
         """How often each token of the pass decayed the state, from how strongly it was written."""

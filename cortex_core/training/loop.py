@@ -37,7 +37,10 @@ class Learner:
         self.model, self.objective = model, objective
         self.training, self.settings = training, optimizer
         self.after_backward = after_backward
-        self.parameters = dict(model.sidecars.named_parameters())
+        named = dict(model.sidecars.named_parameters())
+        self.parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self.slow = {name: parameter for name, parameter in named.items() if name not in self.parameters}
+        """Slow weights, which this does not train."""
         self.optimizer = build_optimizer(
             self.parameters, parameter_groups(self.parameters, optimizer), optimizer,
             betas=optimizer.betas, weight_decay=optimizer.weight_decay, seed=seed,
@@ -133,6 +136,7 @@ class Learner:
         """Tensors and counters from which `restore` continues exactly."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"slow.{name}": value.detach() for name, value in self.slow.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
@@ -144,6 +148,8 @@ class Learner:
         """Continue from `state`."""
         device = self.model.backbone.device
         self._load({name: tensors[f"weights.{name}"].to(device) for name in self.parameters})
+        for name, parameter in self.slow.items():
+            parameter.data.copy_(tensors[f"slow.{name}"])
         for name, parameter in self.parameters.items():
             self.average[name] = tensors[f"average.{name}"].to(device)
             suffix = f".{name}"

@@ -1,0 +1,122 @@
+"""What a night has to teach: questions about what was written by day, and the answers of who still has it in mind.
+
+A question is a cue, the few tokens that stood before one that was written, behind the words with which the model is
+used to being asked. The teacher is the model with everything that the session holds; the student is the same model
+with fast weights that hold nothing. Nobody has to say what a fact is: where teacher and student agree there is
+nothing to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.session import Session
+
+
+class Prompts(NamedTuple):
+    """Ragged rows of tokens, padded on the right; what comes after the last one of each is asked for."""
+
+    input_ids: Int[Tensor, "prompts width"]
+    lengths: Int[Tensor, " prompts"]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Prompts:
+        """From token ids, each row once, in the order in which they first come."""
+        rows = list(dict.fromkeys(map(tuple, rows)))
+        ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return cls(ids, torch.tensor([len(row) for row in rows], dtype=torch.long))
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return len(self.lengths)
+
+
+class Taught(NamedTuple):
+    """What a teacher says comes next: the likeliest tokens, and the rest as one. In nats; sums to 1."""
+
+    top_ids: Int[Tensor, "prompts top"]
+    top_nats: Float[Tensor, "prompts top"]
+    """Log-probabilities."""
+    rest_nats: Float[Tensor, " prompts"]
+    """Log-probability of all other tokens together."""
+
+    @classmethod
+    def from_logits(cls, logits: Float[Tensor, "prompts vocab"], top: int) -> Taught:
+        """The `top` likeliest tokens of each row."""
+        found, ids = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]), dim=-1)
+        return cls(ids, found, _rest(found))
+
+    def kl(self, logits: Float[Tensor, "prompts vocab"]) -> Float[Tensor, " prompts"]:
+        """KL(taught || said) in nats, over the likeliest tokens and the rest: a lower bound of that over all tokens."""
+        said = logits.float().log_softmax(-1).gather(-1, self.top_ids)
+        likely = (self.top_nats.exp() * (self.top_nats - said)).sum(-1)
+        return likely + self.rest_nats.exp() * (self.rest_nats - _rest(said))
+
+
+class Lessons(NamedTuple):
+    """Questions, answers, and how much each answer would tell the student, in nats."""
+
+    prompts: Prompts
+    taught: Taught
+    gain_nats: Float[Tensor, " prompts"]
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return len(self.prompts)
+
+    def at(self, chosen: Tensor) -> Lessons:
+        """Some of them: a mask, or indices."""
+        return Lessons(
+            Prompts(*(part[chosen] for part in self.prompts)),
+            Taught(*(part[chosen] for part in self.taught)),
+            self.gain_nats[chosen],
+        )
+
+    @classmethod
+    def joined(cls, parts: Iterable[Lessons]) -> Lessons:
+        """One after the other."""
+        parts = list(parts)
+        width = max(part.prompts.input_ids.shape[1] for part in parts)
+        ids = [
+            torch.nn.functional.pad(part.prompts.input_ids, (0, width - part.prompts.input_ids.shape[1]))
+            for part in parts
+        ]
+        prompts = Prompts(torch.cat(ids), torch.cat([part.prompts.lengths for part in parts]))
+        taught = Taught(*(torch.cat(columns) for columns in zip(*(part.taught for part in parts), strict=True)))
+        return cls(prompts, taught, torch.cat([part.gain_nats for part in parts]))
+
+
+def answers(model: Cortex, prompts: Prompts, session: Session | None = None) -> Float[Tensor, "prompts vocab"]:
+    """Logits of what comes after each prompt; of the model with what the one row of `session` holds, or with fast
+    weights that hold nothing. The session stays as it is."""
+    device = model.backbone.device
+    ids, lengths = (part.to(device) for part in prompts)
+    reader = model.new_session(len(prompts)) if session is None else session.repeated(len(prompts))
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    logits = model(input_ids=ids, attention_mask=mask.long(), session=reader).logits
+    assert logits is not None
+    return logits[torch.arange(len(prompts), device=device), lengths - 1]
+
+
+@torch.no_grad()
+def lessons(model: Cortex, session: Session, prompts: Prompts, top: int) -> Lessons:
+    """What `session`, of one row, knows about the prompts and the model without it does not."""
+    taught = Taught.from_logits(answers(model, prompts, session), top)
+    return Lessons(prompts, taught, taught.kl(answers(model, prompts)))
+
+
+def cues(tokens: Sequence[int], first: int, written: Iterable[int], width: int) -> list[list[int]]:
+    """For each position that was written, the `width` tokens before it. `tokens` begin at position `first`; positions
+    without as many before them are passed over."""
+    return [list(tokens[at - first - width : at - first]) for at in sorted(set(written)) if at - first >= width]
+
+
+def _rest(nats: Float[Tensor, "prompts top"]) -> Float[Tensor, " prompts"]:
+    """log(1 - sum of probabilities), finite and with a finite gradient also where they sum to 1."""
+    return torch.log((1.0 - nats.exp().sum(-1)).clamp_min(1e-6))

@@ -1,0 +1,103 @@
+"""Sleep: what the fast weights hold becomes slow weights, until the model answers without them as it did with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.config import SleepConfig
+from cortex_core.consolidation.lessons import Lessons, answers
+
+SlowValues = Mapping[str, Tensor]
+"""The slow weights of all memories, by name; what sleep changes, and nothing else."""
+
+
+class Night(NamedTuple):
+    """What one sleep has done."""
+
+    delta: dict[str, Tensor]
+    """To be added to the slow weights (`add`)."""
+    metrics: dict[str, float]
+
+
+def slow_values(model: Cortex) -> dict[str, Tensor]:
+    """The slow weights themselves, by name. Empty for a model without."""
+    return {
+        f"{layer}.slow.values": sidecar.slow.values
+        for layer, sidecar in model.sidecars.items()
+        if sidecar.slow is not None  # type: ignore[union-attr]
+    }
+
+
+@torch.no_grad()
+def add(model: Cortex, delta: Mapping[str, Tensor]) -> None:
+    """Merge what a night has learned."""
+    for name, values in slow_values(model).items():
+        values += delta[name].to(values.device)
+
+
+def consolidate(
+    model: Cortex,
+    tonight: Lessons,
+    replay: Callable[[int], Lessons | None],
+    config: SleepConfig,
+    penalty: Callable[[SlowValues], Tensor] | None = None,
+) -> Night:
+    """Teach the slow weights `tonight`, among old lessons that `replay(at most so many)` draws for every step.
+
+    Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
+    says, Adam on the slow weights alone. `penalty` is added to it: an elastic one keeps what old lessons needed. The
+    model is given back as it was; what it learned is the result.
+    """
+    values = slow_values(model)
+    before = {name: value.detach().clone() for name, value in values.items()}
+    losses: list[float] = []
+    with _trained(values):
+        optimizer = torch.optim.Adam(values.values(), lr=config.learning_rate, betas=(0.9, 0.98))
+        for _ in range(config.steps):
+            optimizer.zero_grad(set_to_none=True)
+            loss = _loss(model, tonight, config)
+            losses.append(loss.item())
+            old = replay(config.replayed)
+            if old is not None and len(old):
+                loss = loss + config.replay_weight * _loss(model, old, config)
+            if penalty is not None:
+                loss = loss + penalty(values)
+            loss.backward()
+            optimizer.step()
+    delta = {name: value.detach() - before[name] for name, value in values.items()}
+    with torch.no_grad():
+        for name, value in values.items():
+            value.copy_(before[name])
+    length = torch.stack([change.norm() for change in delta.values()]).norm()
+    return Night(
+        delta,
+        {"sleep/loss_first_nats": losses[0], "sleep/loss_last_nats": losses[-1], "sleep/delta_norm": float(length)},
+    )
+
+
+def _loss(model: Cortex, lessons: Lessons, config: SleepConfig) -> Tensor:
+    """Mean over lessons, `batch_size` at a time."""
+    total = torch.zeros((), device=model.backbone.device)
+    for chosen in torch.arange(len(lessons)).split(config.batch_size):
+        part = lessons.at(chosen)
+        total = total + part.taught.kl(answers(model, part.prompts)).sum()
+    return total / len(lessons)
+
+
+@contextmanager
+def _trained(values: SlowValues) -> Iterator[None]:
+    """Within it, gradients flow to the slow weights."""
+    for value in values.values():
+        value.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for value in values.values():
+            value.requires_grad_(False)
+            value.grad = None

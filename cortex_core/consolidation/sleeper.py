@@ -1,0 +1,150 @@
+"""A reader that sleeps: reads by day, and every so many tokens moves what it has written into slow weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.config import ReplayConfig, SleepConfig
+from cortex_core.consolidation import sleep
+from cortex_core.consolidation.guard import DriftGuard
+from cortex_core.consolidation.lessons import Lessons, Prompts, Taught, cues, lessons
+from cortex_core.consolidation.replay import Item, ReplayBuffer
+
+LOG_WRITES = 4096
+"""Writes of a day that can give a question; it sleeps before there are as many, whatever was agreed."""
+
+
+class Slept(NamedTuple):
+    """What a night was like."""
+
+    metrics: dict[str, float]
+    kept: bool
+    """False if the guard had it undone."""
+
+
+class Sleeper:
+    """One reader of a model, with its session, its buffer of old lessons, and the model's slow weights in its care.
+
+    `session.wipe()` ends every night: what the slow weights have not learned by then is gone.
+    """
+
+    def __init__(
+        self,
+        model: Cortex,
+        config: SleepConfig | None = None,
+        replay: ReplayConfig | None = None,
+        *,
+        encode: Callable[[str], Sequence[int]],
+        guard: DriftGuard | None = None,
+    ) -> None:
+        """`encode` gives the token ids of the questions' words, without special tokens. Without a `guard` every night
+        counts. Raises ConfigError for a memory that cannot have slow weights."""
+        self.model, self.config = model, config or SleepConfig()
+        if not model.fast_weights.slow_slots:
+            model.grow_slow_weights(self.config.slots, self.config.active)
+        self.buffer = ReplayBuffer(replay or ReplayConfig())
+        self.session = model.new_session(log_writes=LOG_WRITES)
+        self.guard = guard
+        self.num_nights = self.num_undone = 0
+        self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
+        self._day: list[int] = []
+        self._began = 0  # position of the first token of `_day`
+
+    def read(self, tokens: Sequence[int]) -> list[Slept]:
+        """Read on, and sleep whenever a day is over. Returns the nights on the way."""
+        nights = []
+        step = self.model.segment_tokens
+        for start in range(0, len(tokens), step):
+            piece = list(tokens[start : start + step])
+            self._day += piece
+            self.model.read(torch.tensor(piece, device=self.model.backbone.device)[None], self.session)
+            if int(self.session.start_tokens[0]) - self._began >= self.config.every_tokens:
+                nights.append(self.sleep())
+        return nights
+
+    def sleep(self) -> Slept:
+        """Move what the closed segments of the day have left into slow weights, and wipe the fast ones."""
+        tonight = self.lessons()
+        metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
+        kept = True
+        if len(tonight):
+            night = sleep.consolidate(self.model, tonight, self._replayed, self.config)
+            metrics |= night.metrics
+            kept = self._merge(night, metrics)
+            if kept:
+                self._keep(tonight)
+        self.buffer.sleep_passed()
+        self.num_nights += 1
+        self.num_undone += not kept
+        self._wake()
+        return Slept(metrics | {"sleep/undone": float(not kept)}, kept)
+
+    def lessons(self) -> Lessons:
+        """What there is to learn tonight, most of it first."""
+        asked = Prompts.of([[*words, *cue] for words in self._questions for cue in self._cues()])
+        if not len(asked):
+            return _none(self.config.top_tokens)
+        parts = [
+            lessons(self.model, self.session, Prompts(ids, lengths), self.config.top_tokens)
+            for ids, lengths in zip(*(part.split(self.config.batch_size) for part in asked), strict=True)
+        ]
+        found = Lessons.joined(parts)
+        order = found.gain_nats.argsort(descending=True, stable=True)
+        worth = order[found.gain_nats[order] >= self.config.min_gain_nats]
+        return found.at(worth[: self.config.max_lessons])
+
+    def _cues(self) -> list[list[int]]:
+        strong = [write.position for write in self.session.writes() if write.strength >= self.config.min_write]
+        return cues(self._day, self._began, strong, self.config.cue_tokens)
+
+    def _merge(self, night: sleep.Night, metrics: dict[str, float]) -> bool:
+        values = sleep.slow_values(self.model)
+        before = {name: value.detach().clone() for name, value in values.items()}
+        sleep.add(self.model, night.delta)
+        if self.guard is None:
+            return True
+        metrics["sleep/drift_nats"] = drift = self.guard.drift(self.model)
+        if self.guard.allows(drift):
+            return True
+        for name, value in values.items():
+            value.data.copy_(before[name])
+        return False
+
+    def _wake(self) -> None:
+        self.session.wipe()
+        position = int(self.session.start_tokens[0])
+        self._day, self._began = self._day[position - self._began :], position
+
+    def _keep(self, tonight: Lessons) -> None:
+        for at in range(len(tonight)):
+            gain = float(tonight.gain_nats[at])
+            length = int(tonight.prompts.lengths[at])
+            tensors = {"prompt": tonight.prompts.input_ids[at, :length]} | {
+                name: part[at] for name, part in tonight.taught._asdict().items()
+            }
+            self.buffer.add(tensors, importance=gain, surprise=gain)
+
+    def _replayed(self, most: int) -> Lessons | None:
+        if not most or not len(self.buffer):
+            return None
+        return _from_items(self.buffer.draw(most), self.model.backbone.device)
+
+
+def _from_items(items: Sequence[Item], device: torch.device) -> Lessons:
+    rows = [item.tensors["prompt"] for item in items]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    taught = Taught(*(torch.stack([item.tensors[name] for item in items]).to(device) for name in Taught._fields))
+    gains = torch.tensor([item.importance for item in items], device=device)
+    return Lessons(Prompts(ids, lengths), taught, gains)
+
+
+def _none(top: int) -> Lessons:
+    numbers: Tensor = torch.zeros(0)
+    table = torch.zeros(0, top)
+    return Lessons(Prompts.of([]), Taught(table.long(), table, numbers), numbers)
