@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,14 +58,22 @@ class Sleeper:
     def read(self, tokens: Sequence[int]) -> list[Slept]:
         """Read on, and sleep whenever a day is over. Returns the nights on the way."""
         nights = []
-        step = self.model.segment_tokens
-        for start in range(0, len(tokens), step):
-            piece = list(tokens[start : start + step])
+        for piece in self._pieces(tokens):
             self._day += piece
             self.model.read(torch.tensor(piece, device=self.model.backbone.device)[None], self.session)
             if int(self.session.start_tokens[0]) - self._began >= self.config.every_tokens:
                 nights.append(self.sleep())
         return nights
+
+    def _pieces(self, tokens: Sequence[int]) -> Iterator[list[int]]:
+        """Parts that end with the first token of a segment: it is what has the segment before it written, and a night
+        that comes later has the next segment's tokens between what was written and the questions about it."""
+        width, at = self.model.segment_tokens, 0
+        while at < len(tokens):
+            inside = (self._began + len(self._day)) % width
+            end = at + (1 if inside == 0 else width + 1 - inside)
+            yield list(tokens[at:end])
+            at = end
 
     def sleep(self) -> Slept:
         """Move what the closed segments of the day have left into slow weights, and wipe the fast ones."""
