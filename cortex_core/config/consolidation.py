@@ -118,8 +118,9 @@ class SleepConfig(Settings):
 
     every_tokens: PositiveInt = 512
     """Tokens read between two sleeps, rounded up to whole segments of the backbone: a day."""
-    questions: Annotated[tuple[str, ...], Field(min_length=1)] = (" recall",)
-    """What stands before a cue in a question that the model asks itself; an empty text continues what was read."""
+    questions: Annotated[tuple[str, ...], Field(min_length=1)] = (" recall", "\n recall", " the recall")
+    """What stands before a cue in the questions that the model asks itself: one question per text and cue. Of a single
+    text it learns an answer that holds in that place alone: give the ways in which it will be asked."""
     cue_tokens: PositiveInt = 1
     """Tokens before a written one that are its cue: as many as tell what it belongs to."""
     min_write: Fraction = 0.05
@@ -130,9 +131,9 @@ class SleepConfig(Settings):
     """Questions of one night at most: those from whose answers there is most to learn."""
     steps: PositiveInt = 8
     """Optimizer steps per night."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.05
-    """Rate of Adam on the slow weights."""
-    replayed: Annotated[int, Field(ge=0)] = 32
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.1
+    """How far the slot that matters most moves in a step, root mean square over its entries."""
+    replayed: Annotated[int, Field(ge=0)] = 64
     """Lessons of earlier nights that are drawn anew for every step; 0 replays nothing."""
     replay_weight: NonNegative = 1.0
     """Weight of what is replayed, against tonight's lessons."""
@@ -140,7 +141,7 @@ class SleepConfig(Settings):
     """Questions that are answered side by side: a matter of memory and speed alone."""
     top_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
     """Likeliest tokens of an answer that are kept one by one; the rest counts as one."""
-    slots: Annotated[int, Field(ge=2, le=1_048_576)] = 2048
+    slots: Annotated[int, Field(ge=2, le=1_048_576)] = 8192
     """Slots of slow weights that are added to a memory without any."""
     active: Annotated[int, Field(ge=1, le=1024)] = 32
     """Of these, how many answer an address (`fast_weights.slow_active`)."""

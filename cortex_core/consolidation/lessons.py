@@ -16,26 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.backbone.session import Session
-
-
-class Prompts(NamedTuple):
-    """Ragged rows of tokens, padded on the right; what comes after the last one of each is asked for."""
-
-    input_ids: Int[Tensor, "prompts width"]
-    lengths: Int[Tensor, " prompts"]
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Prompts:
-        """From token ids, each row once, in the order in which they first come."""
-        rows = list(dict.fromkeys(map(tuple, rows)))
-        ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-        return cls(ids, torch.tensor([len(row) for row in rows], dtype=torch.long))
-
-    def __len__(self) -> int:  # type: ignore[override]
-        return len(self.lengths)
 
 
 class Taught(NamedTuple):
@@ -70,6 +52,12 @@ class Lessons(NamedTuple):
     def __len__(self) -> int:  # type: ignore[override]
         return len(self.prompts)
 
+    @classmethod
+    def none(cls, top: int) -> Lessons:
+        """There is nothing to learn."""
+        table, numbers = torch.zeros(0, top), torch.zeros(0)
+        return cls(Prompts.of([]), Taught(table.long(), table, numbers), numbers)
+
     def at(self, chosen: Tensor) -> Lessons:
         """Some of them: a mask, or indices."""
         return Lessons(
@@ -92,23 +80,15 @@ class Lessons(NamedTuple):
         return cls(prompts, taught, torch.cat([part.gain_nats for part in parts]))
 
 
-def answers(model: Cortex, prompts: Prompts, session: Session | None = None) -> Float[Tensor, "prompts vocab"]:
-    """Logits of what comes after each prompt; of the model with what the one row of `session` holds, or with fast
-    weights that hold nothing. The session stays as it is."""
-    device = model.backbone.device
-    ids, lengths = (part.to(device) for part in prompts)
-    reader = model.new_session(len(prompts)) if session is None else session.repeated(len(prompts))
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=mask.long(), session=reader).logits
-    assert logits is not None
-    return logits[torch.arange(len(prompts), device=device), lengths - 1]
-
-
 @torch.no_grad()
-def lessons(model: Cortex, session: Session, prompts: Prompts, top: int) -> Lessons:
-    """What `session`, of one row, knows about the prompts and the model without it does not."""
-    taught = Taught.from_logits(answers(model, prompts, session), top)
-    return Lessons(prompts, taught, taught.kl(answers(model, prompts)))
+def lessons(model: Cortex, session: Session, prompts: Prompts, top: int, batch_size: int) -> Lessons:
+    """What `session`, of one row, knows about the prompts and the model without it does not; asked `batch_size` at a
+    time."""
+    parts = [Lessons.none(top)]
+    for part in prompts.split(batch_size) if len(prompts) else ():
+        taught = Taught.from_logits(answers(model, part, session), top)
+        parts.append(Lessons(part, taught, taught.kl(answers(model, part))))
+    return Lessons.joined(parts[1:] or parts)
 
 
 def cues(tokens: Sequence[int], first: int, written: Iterable[int], width: int) -> list[list[int]]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import answers
 from cortex_core.config import SleepConfig
-from cortex_core.consolidation.lessons import Lessons, answers
+from cortex_core.consolidation.lessons import Lessons
+from cortex_core.optim.row_momentum import RowMomentum
 
 SlowValues = Mapping[str, Tensor]
 """The slow weights of all memories, by name; what sleep changes, and nothing else."""
@@ -51,14 +53,14 @@ def consolidate(
     """Teach the slow weights `tonight`, among old lessons that `replay(at most so many)` draws for every step.
 
     Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
-    says, Adam on the slow weights alone. `penalty` is added to it: an elastic one keeps what old lessons needed. The
-    model is given back as it was; what it learned is the result.
+    says, by gradient descent on the slow weights alone (`RowMomentum`). `penalty` is added to it: an elastic one keeps
+    what old lessons needed. The model is given back as it was; what it learned is the result.
     """
     values = slow_values(model)
     before = {name: value.detach().clone() for name, value in values.items()}
     losses: list[float] = []
     with _trained(values):
-        optimizer = torch.optim.Adam(values.values(), lr=config.learning_rate, betas=(0.9, 0.98))
+        optimizer = RowMomentum(values.values(), config.learning_rate)
         for _ in range(config.steps):
             optimizer.zero_grad(set_to_none=True)
             loss = _loss(model, tonight, config)

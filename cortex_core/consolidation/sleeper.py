@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import Prompts
 from cortex_core.config import ReplayConfig, SleepConfig
-from cortex_core.consolidation import sleep
+from cortex_core.consolidation import files, sleep
 from cortex_core.consolidation.guard import DriftGuard
-from cortex_core.consolidation.lessons import Lessons, Prompts, Taught, cues, lessons
+from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
 from cortex_core.consolidation.replay import Item, ReplayBuffer
+from cortex_core.errors import DataError, IncompatibleError
 
+SCHEMA = "cortex-sleeper/1"
+SESSION, REPLAY, SLOW = "session.safetensors", "replay.safetensors", "slow.safetensors"
 LOG_WRITES = 4096
 """Writes of a day that can give a question; it sleeps before there are as many, whatever was agreed."""
 
@@ -55,6 +59,11 @@ class Sleeper:
         self._day: list[int] = []
         self._began = 0  # position of the first token of `_day`
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read so far."""
+        return self._began + len(self._day)
+
     def read(self, tokens: Sequence[int]) -> list[Slept]:
         """Read on, and sleep whenever a day is over. Returns the nights on the way."""
         nights = []
@@ -70,7 +79,7 @@ class Sleeper:
         that comes later has the next segment's tokens between what was written and the questions about it."""
         width, at = self.model.segment_tokens, 0
         while at < len(tokens):
-            inside = (self._began + len(self._day)) % width
+            inside = self.num_tokens % width
             end = at + (1 if inside == 0 else width + 1 - inside)
             yield list(tokens[at:end])
             at = end
@@ -94,17 +103,12 @@ class Sleeper:
 
     def lessons(self) -> Lessons:
         """What there is to learn tonight, most of it first."""
-        asked = Prompts.of([[*words, *cue] for words in self._questions for cue in self._cues()])
-        if not len(asked):
-            return _none(self.config.top_tokens)
-        parts = [
-            lessons(self.model, self.session, Prompts(ids, lengths), self.config.top_tokens)
-            for ids, lengths in zip(*(part.split(self.config.batch_size) for part in asked), strict=True)
-        ]
-        found = Lessons.joined(parts)
+        asked = dict.fromkeys((*words, *cue) for words in self._questions for cue in self._cues())
+        config = self.config
+        found = lessons(self.model, self.session, Prompts.of(list(asked)), config.top_tokens, config.batch_size)
         order = found.gain_nats.argsort(descending=True, stable=True)
-        worth = order[found.gain_nats[order] >= self.config.min_gain_nats]
-        return found.at(worth[: self.config.max_lessons])
+        worth = order[found.gain_nats[order] >= config.min_gain_nats]
+        return found.at(worth[: config.max_lessons])
 
     def _cues(self) -> list[list[int]]:
         strong = [write.position for write in self.session.writes() if write.strength >= self.config.min_write]
@@ -122,6 +126,37 @@ class Sleeper:
         for name, value in values.items():
             value.data.copy_(before[name])
         return False
+
+    def save(self, folder: str | Path) -> None:
+        """Write everything but the sidecars and the settings into a folder, the file that `load` needs first last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.session.save(folder / SESSION)
+        self.buffer.save(folder / REPLAY)
+        notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
+        files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from `save`, with the same sidecars and settings. Raises DataError (missing, damaged),
+        IncompatibleError (of another model)."""
+        folder = Path(folder)
+        found, notes = files.read(folder / SLOW, SCHEMA, "slow weights")
+        session = self.model.load_session(folder / SESSION)
+        buffer = ReplayBuffer.load(folder / REPLAY, self.buffer.config)
+        values = sleep.slow_values(self.model)
+        wrong = {n: tuple(v.shape) for n, v in found.items()} != {n: tuple(v.shape) for n, v in values.items()}
+        if wrong:
+            raise IncompatibleError(
+                f"{folder / SLOW}: slow weights of other layers or sizes than sleep.slots = {self.config.slots} and "
+                "these sidecars give. Go on with the settings and sidecars that it was saved with"
+            )
+        day, counters = notes.get("_day"), [notes.get(name) for name in ("num_nights", "num_undone", "_began")]
+        if not isinstance(day, list) or any(type(number) is not int or number < 0 for number in [*day, *counters]):
+            raise DataError(f"{folder / SLOW}: its counters {counters} are damaged")
+        for name, value in values.items():
+            value.data.copy_(found[name])
+        self.session, self.buffer, self._day = session, buffer, day
+        self.num_nights, self.num_undone, self._began = counters
 
     def _wake(self) -> None:
         self.session.wipe()
@@ -150,9 +185,3 @@ def _from_items(items: Sequence[Item], device: torch.device) -> Lessons:
     taught = Taught(*(torch.stack([item.tensors[name] for item in items]).to(device) for name in Taught._fields))
     gains = torch.tensor([item.importance for item in items], device=device)
     return Lessons(Prompts(ids, lengths), taught, gains)
-
-
-def _none(top: int) -> Lessons:
-    numbers: Tensor = torch.zeros(0)
-    table = torch.zeros(0, top)
-    return Lessons(Prompts.of([]), Taught(table.long(), table, numbers), numbers)

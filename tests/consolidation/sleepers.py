@@ -1,0 +1,68 @@
+"""The model that ships, a day of facts, and readers that sleep through it quickly."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cortex_core.backbone.load import load_tokenizer
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import Prompts, answers
+from cortex_core.config import BackboneConfig, DataConfig, ReplayConfig, SleepConfig
+from cortex_core.consolidation.guard import DriftGuard
+from cortex_core.consolidation.sleeper import Sleeper
+from cortex_core.tasks.corpus import load_corpus
+from cortex_core.tasks.fact_book import FactBook
+from cortex_core.tasks.filler import TextFiller
+from cortex_core.tasks.vocabulary import TaskVocabulary
+
+NAME = "builtin:stdlib-1m"
+FACTS, PER_DAY, DAY = 12, 4, 256
+QUICK = SleepConfig(every_tokens=DAY, steps=10, slots=512, questions=(" recall", "\n recall"))
+
+
+@cache
+def book() -> FactBook:
+    """Twelve facts in three days."""
+    tokenizer = load_tokenizer(BackboneConfig(name=NAME))
+    corpus = load_corpus(DataConfig(max_bytes=400_000), tokenizer)
+    return FactBook(TaskVocabulary.from_tokenizer(tokenizer), TextFiller(corpus, "held_out"), FACTS)
+
+
+def fresh_model() -> Cortex:
+    """With the memory that ships, and nothing slept yet."""
+    return Cortex.from_pretrained(NAME, sidecars=f"{NAME}/sidecars", dtype="float32")
+
+
+def stream(days: int = FACTS // PER_DAY) -> list[int]:
+    """What is read in these days and the first token of the next, with which the last one ends."""
+    parts = [book().day(number, range(number * PER_DAY, (number + 1) * PER_DAY), DAY) for number in range(days)]
+    return [token for day in parts for token in day] + [0]
+
+
+def sleeper(model: Cortex | None = None, guard: DriftGuard | None = None, **changes: Any) -> Sleeper:
+    """A reader of a model of its own, or of this one."""
+    tokenizer = load_tokenizer(BackboneConfig(name=NAME))
+    return Sleeper(
+        model or fresh_model(),
+        QUICK.model_copy(update=changes),
+        ReplayConfig(),
+        encode=lambda text: tokenizer(text, add_special_tokens=False).input_ids,
+        guard=guard,
+    )
+
+
+def windows(count: int = 4) -> Tensor:
+    """Held-out text, [count, 128]."""
+    return torch.tensor([book().filler.tokens((99, number), 128).tolist() for number in range(count)])
+
+
+@torch.no_grad()
+def right(model: Cortex, facts: slice = slice(None), lead: tuple[int, ...] = ()) -> float:
+    """Share of the facts that the model with empty fast weights knows."""
+    asked = book().facts[facts]
+    found = answers(model, Prompts.of([[*lead, *book().question(fact)] for fact in asked])).argmax(-1)
+    return (found == torch.tensor([fact.value for fact in asked])).float().mean().item()
