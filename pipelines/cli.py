@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
-from pipelines import ablate_options, bench_options, tune_options
+from pipelines import ablate_options, bench_options, sleep_options, tune_options
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
 
 VERSION = "0.1.0"
 """As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
@@ -34,6 +36,7 @@ Examples:
   cortex train demo name=short training.steps=100 cluster.num_workers=1
   cortex train my.toml backbone.name=Qwen/Qwen3-0.6B data.path=notes/ fast_weights.rank=32
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
+  cortex sleep runs/demo
   cortex tune fast_weights --trials 16
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
   cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --gpus-per-node 4
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cortex: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resumable = arguments[:1] in (["train"], ["tune"], ["ablate"], ["bench"])
+        resumable = arguments[:1] in (["train"], ["sleep"], ["tune"], ["ablate"], ["bench"])
         again = f"; to resume: cortex {shlex.join(arguments)}" if resumable else ""
         print(f"\ncortex: interrupted{again}", file=sys.stderr)
         return 130
@@ -96,10 +99,14 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(given.recipe, given.overrides)
         case "evaluate":
             return _evaluate(Path(given.run_folder), given.overrides)
+        case "sleep":
+            return _sleep(Path(given.run_folder), given.overrides)
         case "bench":
             return _bench(given)
         case "config":
-            return _config(given.section, given.recipe, given.overrides)
+            from pipelines import settings
+
+            return settings.show(given.section, given.recipe, given.overrides)
         case "ui":
             command = ui_command(Path(given.folder), given.port)
             # MLflow's job runners serve features that are not used here; without them the page is up sooner.
@@ -139,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("run_folder", metavar="RUN_FOLDER", help="out_dir/name of a run")
     overrides(evaluate)
+
+    sleep_options.add(command("sleep", sleep_options.USAGE, sleep_options.DESCRIPTION, sleep_options.EPILOG))
 
     bench_options.add(command(
         "bench", "NAME --data DATA [--model MODEL --sidecars FOLDER] [options]",
@@ -234,6 +243,27 @@ def _intermixed(name: str, usage: str, description: str, epilog: str) -> Parser:
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
+    config = _trained(folder, overrides)
+    from pipelines import evaluate
+
+    return evaluate.run(config, folder)
+
+
+def _sleep(folder: Path, overrides: list[str]) -> int:
+    from pipelines.config import SIDECARS_FOLDER
+    from pipelines.preflight import check_out_dir
+
+    named = any(override.startswith("name=") for override in overrides)
+    name = () if named else (f"name={folder.resolve().name}-sleep",)
+    config = _trained(folder, [f"sidecars={folder / SIDECARS_FOLDER}", *name, *overrides])
+    check_out_dir(config)
+    from pipelines import sleep
+
+    return sleep.run(config)
+
+
+def _trained(folder: Path, overrides: list[str]) -> RunConfig:
+    """The settings of a run whose training has finished, with overrides. Raises DataError, ConfigError."""
     from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
     from pipelines.preflight import check_against_backbone, check_against_machine, check_data, check_deepspeed
 
@@ -250,39 +280,7 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
     check_deepspeed(config)
     check_data(config)
     check_against_backbone(config)
-    from pipelines import evaluate
-
-    return evaluate.run(config, folder)
-
-
-def _config(section: str | None, recipe: str | None, overrides: list[str]) -> int:
-    from cortex_core.training.pretrain_config import PretrainConfig
-    from pipelines.config import RunConfig, dump_toml
-    from pipelines.explain import listing, nearest, sections
-    from pipelines.resolve import find_recipe, resolve
-
-    if section and "=" in section:  # the optional SECTION took the first override
-        section, overrides = None, [section, *overrides]
-    model, command = RunConfig, "train"
-    if section == "pretrain":
-        section, model, command = None, PretrainConfig, "pretrain"
-    names = sections(model)
-    if section is not None and section not in names:
-        hint = nearest(section, names)
-        raise ConfigError(
-            f"{section}: no such section. There are: {', '.join(names)}" + (f". Did you mean {hint}?" if hint else "")
-        )
-    if recipe or overrides:
-        file = find_recipe(recipe, command) if recipe else None
-        print(dump_toml(resolve(model, file, overrides), section), end="")
-    else:
-        print(*listing(model, section, help_width()), sep="\n")
-    return 0
-
-
-def help_width() -> int:
-    """Columns for text that is read in the terminal."""
-    return max(72, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    return config
 
 
 def ui_command(folder: Path, port: int) -> list[str]:

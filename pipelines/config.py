@@ -22,9 +22,12 @@ from cortex_core.config import (
     DataConfig,
     EvaluationConfig,
     FastWeightsConfig,
+    LifeConfig,
     OptimizerConfig,
     PositiveInt,
+    ReplayConfig,
     Settings,
+    SleepConfig,
     TasksConfig,
     TrainingConfig,
     ValidationConfig,
@@ -147,6 +150,8 @@ class RunConfig(Settings):
     """Seed of the weights, of the tasks and of the order of the data."""
     out_dir: Annotated[str, Field(min_length=1)] = "runs"
     """Folder for everything that runs write; relative to where the command is started."""
+    sidecars: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of trained sidecars that the run begins with, of the same `fast_weights`; null begins with new ones."""
     backbone: BackboneConfig = BackboneConfig()
     """The frozen language model."""
     fast_weights: FastWeightsConfig = FastWeightsConfig()
@@ -163,6 +168,12 @@ class RunConfig(Settings):
     """What the model is asked while it is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What the trained model is asked."""
+    life: LifeConfig = LifeConfig()
+    """Facts that are told by day: `cortex sleep`."""
+    sleep: SleepConfig = SleepConfig()
+    """How what was told moves into slow weights."""
+    replay: ReplayConfig = ReplayConfig()
+    """What is kept of earlier days for sleep."""
     cluster: ClusterConfig = ClusterConfig()
     """Where the workers run."""
     sharding: ShardingConfig = ShardingConfig()
@@ -234,6 +245,8 @@ def located(config: RunConfig) -> RunConfig:
     `backbone.name` is a folder if there is one of that name; otherwise it is a hub id, or ships with the package.
     """
     path, name, deepspeed = config.data.path, config.backbone.name, config.sharding.deepspeed
+    if config.sidecars is not None and not config.sidecars.startswith(BUILTIN):
+        config = config.model_copy(update={"sidecars": str(_absolute(config.sidecars))})
     folder = _absolute(name)
     if path is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(_absolute(path))})})

@@ -29,7 +29,7 @@ from pipelines.watch import Watch
 if TYPE_CHECKING:  # takes seconds to import, and only workers need it, not the driver nor Ray Train's controller
     from pipelines.worker import Edge
 
-Job = Literal["train", "evaluate"]
+Job = Literal["train", "evaluate", "sleep"]
 Report = Callable[[dict[str, float], Path | None], None]
 KEPT_CHECKPOINTS = 2
 
@@ -97,7 +97,7 @@ def launch(
 
 def _storage_name(job: Job, config: RunConfig, run: Run) -> str:
     """Where Ray Train looks for this run's checkpoints: the same name resumes, so no other run may have it."""
-    name = run.storage_name if job == "train" else f"{run.storage_name}-evaluation"
+    name = run.storage_name if job != "evaluate" else f"{run.storage_name}-evaluation"
     shared = config.cluster.storage_path is not None  # by runs of all names, also those whose folders are gone
     return f"{config.name}-{run.mlflow_run_id or 'untracked'}-{name}" if shared else name
 
@@ -196,5 +196,9 @@ def _do(settings: dict[str, Any], edge: Edge) -> None:
     config = RunConfig.model_validate_json(settings["config"])
     if settings["job"] == "train":
         worker.train(config, edge, settings["until_step"])
+    elif settings["job"] == "sleep":
+        from pipelines import nights
+
+        nights.sleep(config, edge)
     else:
         worker.evaluate(config, edge, Path(settings["sidecars"]))

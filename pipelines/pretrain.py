@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cortex_core.training.pretrain_config import PretrainConfig
-from pipelines.cli import Parser, help_width
+from pipelines.cli import Parser
 from pipelines.explain import listing
 from pipelines.resolve import find_recipe, resolve
+from pipelines.settings import help_width
 
 DESCRIPTION = "Pretrain a small backbone and write it as a Hugging Face folder with a model card."
 HELP = """\

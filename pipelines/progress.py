@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pipelines.tracking import TrackedRun
 
-PHASES = ("loading the backbone", "training", "evaluating", "collecting results")
+PHASES = ("loading the backbone", "training", "evaluating", "collecting results", "reading and sleeping")
 """What the number `phase` of a worker's report means."""
 PLAIN_EVERY_S, STILL_EVERY_S, POLL_S, ABORT_TIMEOUT_S = 10.0, 60.0, 0.5, 20.0
 
@@ -178,7 +178,7 @@ class Progress:
             self._say(_passed_over(damaged, int(report["resumed_step"])))
         if "evaluated_frac" in report:
             self._draw(report["evaluated_frac"], 1.0, "")
-        elif "step" in report and self._phase == PHASES[1]:
+        elif "step" in report and self._phase in (PHASES[1], PHASES[4]):
             self._step(int(report["step"]), report)
 
     def _as_many(self, workers: int, wanted: int) -> None:
@@ -256,6 +256,7 @@ def _abort(controller: Any) -> None:
 SHOWN: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.3f}".format,
     "accuracy": "accuracy {:.1%}".format,
+    "sleep/known_frac": "known {:.1%}".format,
     "throughput/tokens_per_s": lambda rate: f"{_thousands(rate)} tokens/s",
 }
 """Metrics that the line shows, in this order."""

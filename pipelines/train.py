@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +21,14 @@ from pipelines import cluster, tracking
 from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
 from pipelines.disk import room_for
 from pipelines.events import EventCallback, EventLog
-from pipelines.launch import launch
+from pipelines.launch import Job, launch
 from pipelines.progress import Progress, line_printer, print_where
 from pipelines.report import print_summary, write_report
 from pipelines.runs import Run, locked, open_run
 from pipelines.tracking import TrackedRun
 
+Publish = Callable[[RunConfig, Path, Path, TrackedRun], dict[str, Any]]
+"""(config, folder of the last checkpoint, of the sidecars, run in MLflow) to what the run has found."""
 REPORTED_VERSIONS = ("cortex-memory", "torch", "transformers", "ray", "deepspeed", "mlflow")
 
 
@@ -41,13 +44,22 @@ def run(config: RunConfig) -> int:
 
 
 def work(
-    config: RunConfig, console: Console, *, parent_run_id: str | None = None, sidecars: Path | None = None
+    config: RunConfig,
+    console: Console,
+    *,
+    parent_run_id: str | None = None,
+    sidecars: Path | None = None,
+    job: Job | None = None,
+    total: int | None = None,
+    publish: Publish | None = None,
 ) -> tuple[dict[str, Any], TrackedRun]:
-    """One run to its end while its folder is `locked`. Returns the evaluation document and what MLflow holds of it.
+    """One run to its end while its folder is `locked`. Returns its document and what MLflow holds of it.
 
     With `sidecars`, a folder of trained ones, nothing is trained: those are evaluated under `config`. `parent_run_id`
-    is the MLflow run that this one is a part of.
+    is the MLflow run that this one is a part of. Another `job` says how many steps it has in `total`, and what is left
+    of it with `publish`.
     """
+    job = job or ("train" if sidecars is None else "evaluate")
     record, resumed = open_run(config)
     doing, newest = "Resuming" if resumed else "Starting", record.newest_checkpoint()
     since = f", from step {step_of(newest)}" if newest else ""
@@ -55,7 +67,7 @@ def work(
     say = None if console.is_terminal else line_printer(console, config.name)
     with (
         EventLog(config.run_dir, config.name, say) as events,
-        Progress(console, total=config.training.steps, run=config.name, events=events) as progress,
+        Progress(console, total=total or config.training.steps, run=config.name, events=events) as progress,
     ):
         progress.phase("opening MLflow")
         with tracking.start(config, run_id=record.mlflow_run_id, parent_run_id=parent_run_id) as tracked:
@@ -70,12 +82,12 @@ def work(
 
             with cluster.connect(config.cluster), progress.listening() as heard:
                 events.write("cluster ready", workers=config.cluster.num_workers, nodes=cluster.num_nodes())
-                job = "train" if sidecars is None else "evaluate"
                 callbacks = [tracked.callback(), heard, EventCallback(heard.post, tracked.unsent)]
                 finished = launch(job, config, record, callbacks, sidecars, interrupted)
             progress.phase("writing the report")
             with room_for("the results of the run", config.run_dir):
-                document = publish(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
+                put = publish or publish_evaluation
+                document = put(config, finished, sidecars or finished / SIDECARS_FOLDER, tracked)
                 record.publish_config()
         record.update(state="FINISHED")
     return document, tracked
@@ -88,11 +100,11 @@ def begin(events: EventLog, tracked: TrackedRun, record: Run, resumed: bool) -> 
     events.begin(tracked.run_id, tracked.problems, attempt=record.attempt, resumed=resumed, step=step)
 
 
-def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedRun) -> dict[str, Any]:
+def publish_evaluation(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedRun) -> dict[str, Any]:
     """Copy the sidecars, and the evaluation in `finished`, into the run's folder; draw it, file it under the MLflow
     run."""
     folder = config.run_dir
-    _replace_folder(sidecars, folder / SIDECARS_FOLDER)
+    replace_folder(sidecars, folder / SIDECARS_FOLDER)
     document = complete(config, json.loads((finished / EVALUATION).read_text()))
     written = write_report(document, folder, tracked.history())
     tracked.log_metrics(headline(document), step=config.training.steps)
@@ -131,7 +143,8 @@ def headline(document: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _replace_folder(source: Path, target: Path) -> None:
+def replace_folder(source: Path, target: Path) -> None:
+    """`target` becomes a copy of `source`, whole or not at all."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -26,7 +26,7 @@ from pipelines.runs import finished_run, locked, open_run
 from pipelines.sweep_plan import trial_config
 from pipelines.sweep_record import clones_of, exchanges
 from pipelines.tracking import TrackedRun
-from pipelines.train import begin, publish
+from pipelines.train import begin, publish_evaluation
 
 POLL_S, ABORT_TIMEOUT_S = 0.3, 8.0
 ENDED = "ended"
@@ -161,7 +161,7 @@ class Trial(Trainable):
             if not self._whole:
                 tracked.finish("KILLED")  # it waits, and may do so for ever
                 return
-            publish(self._config, finished, finished / SIDECARS_FOLDER, tracked)
+            publish_evaluation(self._config, finished, finished / SIDECARS_FOLDER, tracked)
             record.publish_config()
         record.update(state="FINISHED")
 

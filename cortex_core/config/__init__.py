@@ -26,6 +26,7 @@ from cortex_core.config.data import (
     ValidationConfig,
 )
 from cortex_core.config.fast_weights import FastWeightsConfig
+from cortex_core.config.life import LifeConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 from cortex_core.config.training import OptimizerConfig, TrainingConfig, UpdateConfig
 
@@ -41,6 +42,7 @@ __all__ = [
     "FillerName",
     "FisherConfig",
     "Fraction",
+    "LifeConfig",
     "NonNegative",
     "OptimizerConfig",
     "PositiveInt",

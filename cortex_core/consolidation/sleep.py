@@ -49,6 +49,7 @@ def consolidate(
     replay: Callable[[int], Lessons | None],
     config: SleepConfig,
     penalty: Callable[[SlowValues], Tensor] | None = None,
+    after_backward: Callable[[], None] = lambda: None,
 ) -> Night:
     """Teach the slow weights `tonight`, among old lessons that `replay(at most so many)` draws for every step.
 
@@ -71,6 +72,7 @@ def consolidate(
             if penalty is not None:
                 loss = loss + penalty(values)
             loss.backward()
+            after_backward()
             optimizer.step()
     delta = {name: value.detach() - before[name] for name, value in values.items()}
     with torch.no_grad():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,9 @@ SCHEMA = "cortex-sleeper/1"
 SESSION, REPLAY, SLOW = "session.safetensors", "replay.safetensors", "slow.safetensors"
 LOG_WRITES = 4096
 """Writes of a day that can give a question; it sleeps before there are as many, whatever was agreed."""
+
+Encode = Callable[[str], Sequence[int]]
+"""Text to token ids, without special tokens."""
 
 
 class Slept(NamedTuple):
@@ -43,17 +46,18 @@ class Sleeper:
         config: SleepConfig | None = None,
         replay: ReplayConfig | None = None,
         *,
-        encode: Callable[[str], Sequence[int]],
+        encode: Encode,
         guard: DriftGuard | None = None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """`encode` gives the token ids of the questions' words, without special tokens. Without a `guard` every night
-        counts. Raises ConfigError for a memory that cannot have slow weights."""
+        """`encode` is for the words of the questions; `after_backward` is called where shards are to be let go. Without
+        a `guard` every night counts. Raises ConfigError for a memory that cannot have slow weights."""
         self.model, self.config = model, config or SleepConfig()
         if not model.fast_weights.slow_slots:
             model.grow_slow_weights(self.config.slots, self.config.active)
         self.buffer = ReplayBuffer(replay or ReplayConfig())
         self.session = model.new_session(log_writes=LOG_WRITES)
-        self.guard = guard
+        self.guard, self._after_backward = guard, after_backward
         self.num_nights = self.num_undone = 0
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         self._day: list[int] = []
@@ -90,7 +94,9 @@ class Sleeper:
         metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
         kept = True
         if len(tonight):
-            night = sleep.consolidate(self.model, tonight, self._replayed, self.config)
+            night = sleep.consolidate(
+                self.model, tonight, self._replayed, self.config, after_backward=self._after_backward
+            )
             metrics |= night.metrics
             kept = self._merge(night, metrics)
             if kept:
@@ -150,9 +156,7 @@ class Sleeper:
                 f"{folder / SLOW}: slow weights of other layers or sizes than sleep.slots = {self.config.slots} and "
                 "these sidecars give. Go on with the settings and sidecars that it was saved with"
             )
-        day, counters = notes.get("_day"), [notes.get(name) for name in ("num_nights", "num_undone", "_began")]
-        if not isinstance(day, list) or any(type(number) is not int or number < 0 for number in [*day, *counters]):
-            raise DataError(f"{folder / SLOW}: its counters {counters} are damaged")
+        day, counters = _counters(folder / SLOW, notes)
         for name, value in values.items():
             value.data.copy_(found[name])
         self.session, self.buffer, self._day = session, buffer, day
@@ -176,6 +180,13 @@ class Sleeper:
         if not most or not len(self.buffer):
             return None
         return _from_items(self.buffer.draw(most), self.model.backbone.device)
+
+
+def _counters(path: Path, notes: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    day, counters = notes.get("_day"), [notes.get(name) for name in ("num_nights", "num_undone", "_began")]
+    if not isinstance(day, list) or any(type(number) is not int or number < 0 for number in [*day, *counters]):
+        raise DataError(f"{path}: its counters {counters} or the tokens of its day are damaged")
+    return day, [int(counter or 0) for counter in counters]
 
 
 def _from_items(items: Sequence[Item], device: torch.device) -> Lessons:

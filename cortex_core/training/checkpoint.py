@@ -33,10 +33,16 @@ def save(folder: Path, learner: Learner) -> None:
 
 
 def step_of(folder: Path) -> int | None:
-    """Steps done when it was saved; None for a folder that holds no whole checkpoint."""
+    """Steps done when it was saved; None for a folder that holds no whole checkpoint.
+
+    Counters may say which `files` they stand for, if not the one of a learner.
+    """
     try:
-        with safe_open(folder / TENSORS, framework="pt"):  # checks that the file is as long as its header says
-            return int(json.loads((folder / COUNTERS).read_text())["step"])
+        counters = json.loads((folder / COUNTERS).read_text())
+        for name in counters.get("files", [TENSORS]):
+            with safe_open(folder / name, framework="pt"):  # checks that the file is as long as its header says
+                pass
+        return int(counters["step"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
