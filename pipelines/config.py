@@ -269,14 +269,13 @@ def load_config(recipe: str | Path | None = None, overrides: Overrides = ()) -> 
 
 def dump_toml(config: Settings, only: str | None = None) -> str:
     """The resolved configuration, or one section of it, as TOML, one key per line. `resolve` reads it back to an equal
-    value."""
+    value. None is left out: TOML has no null, and every field that may be None has it as default."""
     top, sections = [], []
     for name, value in config.model_dump(include=None if only is None else {only}).items():
         if isinstance(value, dict):
-            # None is left out: TOML has no null, and every field that may be None has it as default.
             lines = [f"{key} = {_toml(item)}" for key, item in value.items() if item is not None]
             sections.append("\n".join([f"[{name}]", *lines]))
-        else:
+        elif value is not None:
             top.append(f"{name} = {_toml(value)}")
     return "\n\n".join(["\n".join(top), *sections] if top else sections) + "\n"
 

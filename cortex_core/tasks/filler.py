@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from cortex_core.tasks.vocabulary import IntArray, Split, TaskVocabulary
 _STREAM = 7  # keeps filler draws apart from the draws of the content
 
 
+@runtime_checkable
 class Filler(Protocol):
     """Exactly as many tokens as asked for, the same ones for the same seed."""
 

@@ -14,7 +14,7 @@ from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import BackboneConfig, DataConfig, ReplayConfig, SleepConfig
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.sleeper import Sleeper
-from cortex_core.tasks.corpus import load_corpus
+from cortex_core.tasks.corpus import Corpus, load_corpus
 from cortex_core.tasks.fact_book import FactBook
 from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
@@ -25,11 +25,26 @@ QUICK = SleepConfig(every_tokens=DAY, steps=10, slots=512, questions=(" recall",
 
 
 @cache
+def tokenizer() -> Any:
+    """The model's."""
+    return load_tokenizer(BackboneConfig(name=NAME))
+
+
+def encode(text: str) -> list[int]:
+    """Token ids without special ones."""
+    return tokenizer()(text, add_special_tokens=False).input_ids
+
+
+@cache
+def corpus() -> Corpus:
+    """A little text."""
+    return load_corpus(DataConfig(max_bytes=400_000), tokenizer())
+
+
+@cache
 def book() -> FactBook:
     """Twelve facts in three days."""
-    tokenizer = load_tokenizer(BackboneConfig(name=NAME))
-    corpus = load_corpus(DataConfig(max_bytes=400_000), tokenizer)
-    return FactBook(TaskVocabulary.from_tokenizer(tokenizer), TextFiller(corpus, "held_out"), FACTS)
+    return FactBook(TaskVocabulary.from_tokenizer(tokenizer()), TextFiller(corpus(), "held_out"), FACTS)
 
 
 def fresh_model() -> Cortex:
@@ -45,14 +60,8 @@ def stream(days: int = FACTS // PER_DAY) -> list[int]:
 
 def sleeper(model: Cortex | None = None, guard: DriftGuard | None = None, **changes: Any) -> Sleeper:
     """A reader of a model of its own, or of this one."""
-    tokenizer = load_tokenizer(BackboneConfig(name=NAME))
-    return Sleeper(
-        model or fresh_model(),
-        QUICK.model_copy(update=changes),
-        ReplayConfig(),
-        encode=lambda text: tokenizer(text, add_special_tokens=False).input_ids,
-        guard=guard,
-    )
+    settings = QUICK.model_copy(update=changes)
+    return Sleeper(model or fresh_model(), settings, ReplayConfig(), encode=encode, guard=guard)
 
 
 def windows(count: int = 4) -> Tensor:

@@ -71,7 +71,7 @@ def test_lessons_are_what_the_session_knows_and_leave_it_as_it_is() -> None:
     knows = found.taught.top_ids[: len(told), 0] == torch.tensor([fact.value for fact in told])
     assert knows.float().mean() >= 0.75
     gains = found.gain_nats
-    assert gains[: len(told)][knows].min() > 2.0 > gains[len(told) :].mean()
+    assert gains[: len(told)][knows].min() > 2.0 > gains[len(told) :].median(), "of what was not told there is less"
     for layer, up in before.items():
         assert torch.equal(up, session.states[layer].up)
 

@@ -1,0 +1,139 @@
+"""`cortex sleep` from end to end: what it leaves, that it goes on where it was, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cortex_core.backbone.load import in_assets
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import Prompts, answers
+from cortex_core.backbone.sidecar_files import WEIGHTS, read
+from cortex_core.consolidation.sleeper import Sleeper, Slept
+from cortex_core.tasks.fact_book import FactBook
+from pipelines import cli
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml, load_config
+from pipelines.runs import read_run
+from pipelines.sleep_report import DOCUMENT, PICTURE
+from tests.consolidation import sleepers
+
+SETTINGS = [
+    f"life.num_facts={sleepers.FACTS}", f"life.facts_per_day={sleepers.PER_DAY}", "life.checkpoint_every_days=1",
+    "life.lead_tokens=0,20", f"sleep.every_tokens={sleepers.DAY}", "sleep.slots=512", "sleep.guard_windows=2",
+    "evaluation.perplexity_tokens=2048", "tracking.system_metrics=false",
+]  # fmt: skip
+ALONE = ["cluster.num_workers=0", "sharding.stage=0"]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Path:
+    """The folder of a run that has trained the memory that ships."""
+    mlflow_database(tmp_path)
+    folder, shipped = tmp_path / "trained", in_assets(f"{sleepers.NAME}/sidecars")
+    config = load_config(overrides={
+        "name": "trained", "out_dir": str(tmp_path), "data.max_bytes": 400_000,
+        "backbone": {"name": sleepers.NAME, "dtype": "float32"},
+        "fast_weights": read(shipped).fast_weights.model_dump(),
+    })  # fmt: skip
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(dump_toml(config))
+    shutil.copytree(shipped, folder / SIDECARS_FOLDER)
+    return folder
+
+
+def slow(folder: Path) -> dict[str, torch.Tensor]:
+    """The slow weights among the sidecars of a run."""
+    return {n: v for n, v in load_file(folder / SIDECARS_FOLDER / WEIGHTS).items() if n.endswith("slow.values")}
+
+
+def test_what_a_life_leaves(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers, a picture, and sidecars that know the facts in three lines of Python."""
+    assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE]) == 0
+    said = capsys.readouterr().out
+    folder = trained.with_name("trained-sleep")
+    assert "12 facts told in 3 days" in said and "Nights undone" in said and str(folder / PICTURE) in said
+    document = json.loads((folder / DOCUMENT).read_text())
+    rows = {(row["when"], row["lead_tokens"]): row for row in document["rows"]}
+    assert set(rows) == {("before", 0), ("before", 20), ("after", 0), ("after", 20)}
+    assert rows["before", 0]["known"] == 0 and rows["after", 0]["known"] >= 0.9 and rows["after", 0]["n"] == 12
+    assert [len(shares) for shares in document["known_by_day"]] == [1, 2, 3] and document["nights_undone"] == 0
+    assert 0.99 < document["drift"]["ratio"] < 1.005
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert read_run(folder).state == "FINISHED"  # type: ignore[union-attr]
+
+    model = Cortex.from_pretrained(sleepers.NAME, folder / SIDECARS_FOLDER, dtype="float32")
+    book = FactBook(sleepers.book().vocabulary, sleepers.book().filler, sleepers.FACTS)
+    found = answers(model, Prompts.of([book.question(fact) for fact in book.facts])).argmax(-1)
+    share = (found == torch.tensor([fact.value for fact in book.facts])).float().mean().item()
+    assert share == pytest.approx(rows["after", 0]["known"])
+    before = load_file(trained / SIDECARS_FOLDER / WEIGHTS)
+    after = load_file(folder / SIDECARS_FOLDER / WEIGHTS)
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), "nothing but slow weights changed"
+
+
+def test_an_interrupted_life_goes_on_after_its_last_night(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sleep", str(trained), *SETTINGS, *ALONE]
+    assert cli.main([*command, "name=whole"]) == 0
+    night, nights = Sleeper.sleep, list[int]()
+
+    def interrupted(self: Sleeper) -> Slept:
+        nights.append(self.num_nights)
+        if self.num_nights == 2:
+            raise KeyboardInterrupt
+        return night(self)
+
+    monkeypatch.setattr(Sleeper, "sleep", interrupted)
+    assert cli.main([*command, "name=parted"]) == 130
+    assert "to resume: cortex sleep" in capsys.readouterr().err
+    monkeypatch.setattr(Sleeper, "sleep", night)
+    assert cli.main([*command, "name=parted"]) == 0
+    assert "from step 2" in capsys.readouterr().out and nights == [0, 1, 2]
+    whole, parted = slow(trained.with_name("whole")), slow(trained.with_name("parted"))
+    assert whole and all(torch.equal(value, parted[name]) for name, value in whole.items())
+    documents = [json.loads((trained.with_name(name) / DOCUMENT).read_text()) for name in ("whole", "parted")]
+    assert documents[0]["rows"] == documents[1]["rows"]
+    assert documents[0]["known_by_day"] == documents[1]["known_by_day"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["sleep.every_tokens=300"],
+            "sleep.every_tokens = 300: a day that facts are told in must be a multiple of 256",
+        ),
+        (["life.num_facts=99999"], "num_facts = 99999 must lie in 1 to"),
+        (["life.facts_per_day=100", "life.num_facts=100"], "tell fewer, or longer days"),
+        (["fast_weights.rank=8"], "were trained with other fast_weights"),
+        (["sleep.active=600"], "slow_active = 600 must be less than slow_slots = 512"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    trained: Path, changes: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE, *changes]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not (trained.with_name("trained-sleep") / SIDECARS_FOLDER).exists()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sleep", str(tmp_path)]) == 2
+    assert "so it is no run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_workers_with_a_sharded_backbone_live_the_same_life(trained: Path) -> None:
+    assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE, "name=one"]) == 0
+    assert cli.main(["sleep", str(trained), *SETTINGS, "name=two", "cluster.cpus_per_worker=0.5"]) == 0
+    one, two = slow(trained.with_name("one")), slow(trained.with_name("two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=0.02, rtol=0.02)
