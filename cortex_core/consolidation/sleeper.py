@@ -59,6 +59,7 @@ class Sleeper:
         self.session = model.new_session(log_writes=LOG_WRITES)
         self.guard, self._after_backward = guard, after_backward
         self.num_nights = self.num_undone = 0
+        self.encode = encode
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         self._day: list[int] = []
         self._began = 0  # position of the first token of `_day`

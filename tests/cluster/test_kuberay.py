@@ -18,7 +18,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from cortex_core.errors import ConfigError, DataError
-from pipelines.config import RunConfig, load_config
+from pipelines.config import SIDECARS_FOLDER, RunConfig, load_config
 from pipelines.sweep_plan import plan
 
 ROOT = Path(__file__).parents[2]
@@ -186,10 +186,16 @@ def about_jobs(documents: list[Document]) -> Iterator[str]:
 
 
 def settings(entrypoint: str) -> RunConfig:
-    """What `python -m pipelines.COMMAND RECIPE-OR-STUDY KEY=VALUE ...` runs with."""
+    """What `python -m pipelines.COMMAND RECIPE-STUDY-OR-RUN KEY=VALUE ...` runs with."""
     python, module_option, module, what, *overrides = entrypoint.split()
-    if (python, module_option) != ("python", "-m") or module not in ("pipelines.train", "pipelines.tune"):
+    if (python, module_option) != ("python", "-m") or module not in (
+        "pipelines.train",
+        "pipelines.tune",
+        "pipelines.sleep",
+    ):
         raise ValueError(f"{entrypoint[:40]}: not a command of this project")
+    if module == "pipelines.sleep":
+        return load_config(None, [f"sidecars={what}/{SIDECARS_FOLDER}", *overrides])
     return plan(what, overrides).config if module == "pipelines.tune" else load_config(what, overrides)
 
 
@@ -249,8 +255,10 @@ def holds(group: Document, config: RunConfig) -> Iterator[str | None]:
 
 def test_the_manifests_are_right_alone_and_together() -> None:
     files = load()
-    assert {"storage.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml"} == set(files)
+    assert {"storage.yaml", "mlflow.yaml", RAY, TRAIN, TUNE, SLEEP} == set(files)
     assert problems(files) == []
+    train, sleep = (settings(files[name][0]["spec"]["entrypoint"]) for name in (TRAIN, SLEEP))
+    assert sleep.sidecars == str(train.run_dir / SIDECARS_FOLDER) and sleep.run_dir != train.run_dir
 
 
 def at(document: Document, path: str) -> tuple[Any, str | int]:
@@ -286,7 +294,7 @@ def say(file: str, old: str, new: str) -> Callable[[Files], None]:
 
 
 HEAD, GPU = "spec/headGroupSpec/template/spec", "spec/workerGroupSpecs/0/template/spec"
-RAY, TRAIN, TUNE = "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml"
+RAY, TRAIN, TUNE, SLEEP = "raycluster.yaml", "rayjob-train.yaml", "rayjob-tune.yaml", "rayjob-sleep.yaml"
 
 
 @pytest.mark.parametrize(
