@@ -25,6 +25,7 @@ from cortex_core.config.data import (
     TasksConfig,
     ValidationConfig,
 )
+from cortex_core.config.dreaming import DreamConfig, JudgeConfig, MemoryGraphConfig, ScenarioConfig
 from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 from cortex_core.config.training import OptimizerConfig, TrainingConfig, UpdateConfig
@@ -36,16 +37,20 @@ __all__ = [
     "BackboneConfig",
     "CodesConfig",
     "DataConfig",
+    "DreamConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
     "FillerName",
     "FisherConfig",
     "Fraction",
+    "JudgeConfig",
+    "MemoryGraphConfig",
     "NonNegative",
     "OptimizerConfig",
     "PositiveInt",
     "ReplayConfig",
     "ScalingConfig",
+    "ScenarioConfig",
     "SegmentsConfig",
     "Settings",
     "SleepConfig",
