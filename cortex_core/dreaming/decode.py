@@ -21,7 +21,7 @@ class Decoded(NamedTuple):
 
     tokens: Tokens
     nats: tuple[float, ...]
-    """Log-probability of each, at temperature 1."""
+    """Log-probability of each, at temperature 1, among all tokens but that of the end of a sequence."""
     margins: tuple[float, ...]
     """Log-probability of each over that of the likeliest other; below 0 where that was likelier."""
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cortex_core import files
 from cortex_core.config import MemoryGraphConfig
-from cortex_core.dreaming.links import IntArray, Links, links
+from cortex_core.dreaming.links import FloatArray, IntArray, Links, links
 from cortex_core.dreaming.memories import Memory, Tokens, addresses, checked
 from cortex_core.dreaming.walks import Steps, walks
 from cortex_core.errors import DataError
@@ -40,11 +40,13 @@ class MemoryGraph:
 
     @classmethod
     def of(cls, memories: Iterable[Memory], config: MemoryGraphConfig | None = None) -> MemoryGraph:
-        """A graph of these, or of the most important of them; of equals the newer. Raises DataError."""
+        """A graph of these. Of too many, those go first that a newer one with the same cue has replaced, or else the
+        record would go back to what held before; then the least important; of equals the older. Raises DataError."""
         config = config or MemoryGraphConfig()
         kept = checked(memories)
         if len(kept) > config.max_memories:
-            kept = sorted(kept, key=lambda memory: (memory.importance, memory.id))[-config.max_memories :]
+            newest = {memory.cue: memory.id for memory in sorted(kept, key=_age)}
+            kept = sorted(kept, key=lambda m: (newest[m.cue] == m.id, m.importance, m.id))[-config.max_memories :]
         return cls(config, checked(kept))
 
     def with_memories(self, new: Iterable[Memory]) -> MemoryGraph:
@@ -71,9 +73,9 @@ class MemoryGraph:
         return {memory.id: place for place, memory in enumerate(self.memories)}
 
     @cached_property
-    def record(self) -> Mapping[Tokens, Memory]:
-        """What is to be answered to each cue: of the memories that share one, the newest."""
-        return {memory.cue: memory for memory in sorted(self.memories, key=lambda m: (m.position, m.id))}
+    def record(self) -> Mapping[Tokens, Tokens]:
+        """What is to be answered to each cue: of the memories that share one, the newest has it."""
+        return {memory.cue: memory.answer for memory in sorted(self.memories, key=_age)}
 
     @cached_property
     def links(self) -> Links:
@@ -81,22 +83,26 @@ class MemoryGraph:
         return links(addresses(self.memories).numpy(), self._numbers("position"), self._numbers("segment"), self.config)
 
     @cached_property
-    def _weights(self) -> dict[Pair, float]:
-        pairs = map(tuple, self.links.ends.tolist())
-        return dict(zip(pairs, self.links.weight.tolist(), strict=True))
+    def _shares(self) -> dict[Pair, float]:
+        weights = self.links.weight
+        return dict(
+            zip(map(tuple, self.links.ends.tolist()), (weights / weights.max(initial=0.0)).tolist(), strict=True)
+        )
 
     @cached_property
     def _steps(self) -> Steps:
         return Steps.along(self.links.ends, self.links.weight, len(self))
 
-    def link(self, one: int, other: int) -> float:
-        """Weight between two places, as a share of the strongest in the graph: 0 is not linked."""
-        return self._weights.get((min(one, other), max(one, other)), 0.0) / max(self._weights.values(), default=1.0)
-
-    def times_met(self, one: int, other: int) -> int:
-        """How often the memories at two places have been in one dream."""
-        first, second = sorted((self.memories[one].id, self.memories[other].id))
-        return self.met.get((first, second), 0)
+    def among(self, places: Sequence[int]) -> tuple[FloatArray, IntArray]:
+        """Of each two of some places, the weight of their link as a share of the strongest in the graph (0: not
+        linked), and how many dreams they have met in. Both [places, places], 0 for a place with itself."""
+        shares, met = np.zeros((len(places), len(places))), np.zeros((len(places), len(places)), dtype=np.int64)
+        for one, other in combinations(range(len(places)), 2):
+            low, high = sorted((places[one], places[other]))
+            shares[one, other] = shares[other, one] = self._shares.get((low, high), 0.0)
+            # Ids rise with places, so the lower id comes first here as well.
+            met[one, other] = met[other, one] = self.met.get((self.memories[low].id, self.memories[high].id), 0)
+        return shares, met
 
     def walks(self, tickets: Sequence[int], seed: int) -> IntArray:
         """Places on the walk of each ticket: [tickets, walk_steps + 1]. A walk begins at a memory in proportion to its
@@ -138,12 +144,17 @@ class MemoryGraph:
             graph = cls.of(memories, config)
             met = {_pair(one, other, graph): _count(count) for one, other, count in notes["met"]}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"memory graph {path}: it is damaged ({type(error).__name__}: {error})") from error
+            said = " ".join(str(error).split())
+            raise DataError(f"memory graph {path}: it is damaged ({type(error).__name__}: {said})") from error
         return replace(graph, met=MappingProxyType(met))
 
 
+def _age(memory: Memory) -> tuple[int, int]:
+    return memory.position, memory.id
+
+
 def _memory(row: Mapping[str, Any], address: np.ndarray) -> Memory:
-    fields = {name: row[name] for name in _NUMBERS} | {name: tuple(row[name]) for name in _TOKENS}
+    fields: dict[str, Any] = {name: row[name] for name in _NUMBERS} | {name: tuple(row[name]) for name in _TOKENS}
     whole = [fields[name] for name in _NUMBERS if name != "importance"] + [t for name in _TOKENS for t in fields[name]]
     if any(type(value) is not int or value < 0 for value in whole):
         raise ValueError(f"memory {row['id']!r} holds what is not a whole number from 0 on")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -73,16 +72,12 @@ def _scenario(graph: MemoryGraph, walk: list[int], rng: np.random.Generator, con
 def collision(graph: MemoryGraph, walk: Sequence[int], rng: np.random.Generator) -> list[int]:
     """The places on a walk, each once: two that collide, then the others, those first that collide with the ones
     before. Two collide the more, the less they are linked and the fewer dreams they have met in."""
-    rest = [int(place) for place in rng.permutation(list(dict.fromkeys(walk)))]  # of equals, any
-
-    def clash(one: int, other: int) -> float:
-        return (1.0 - graph.link(one, other)) / (1.0 + graph.times_met(one, other))
-
-    if len(rest) < 2:
-        return rest
-    chosen = list(max(combinations(rest, 2), key=lambda pair: clash(*pair)))
-    rest = [place for place in rest if place not in chosen]
-    while rest:
-        chosen.append(max(rest, key=lambda place: sum(clash(place, other) for other in chosen)))
-        rest.remove(chosen[-1])
-    return chosen
+    places = rng.permutation(list(dict.fromkeys(walk))).tolist()  # of equals, any
+    shares, met = graph.among(places)
+    clash = (1.0 - shares) / (1.0 + met)
+    np.fill_diagonal(clash, -np.inf)
+    order = [int(at) for at in np.unravel_index(clash.argmax(), clash.shape)][: len(places)]
+    while len(order) < len(places):
+        with_those_before = clash[order].sum(0)  # -inf for these themselves
+        order.append(int(with_those_before.argmax()))
+    return [places[at] for at in order]
