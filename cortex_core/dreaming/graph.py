@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class MemoryGraph:
     config: MemoryGraphConfig
     memories: tuple[Memory, ...]
     """By id."""
-    met: Mapping[Pair, int] = field(default_factory=lambda: MappingProxyType({}))
+    met: Mapping[Pair, int] = field(default_factory=dict)
     """How often two memories have been in one dream, the pair that first met longest ago first."""
 
     @classmethod
@@ -53,7 +52,7 @@ class MemoryGraph:
         """These as well; the least important go. Raises DataError."""
         grown = MemoryGraph.of((*self.memories, *new), self.config)
         met = {pair: count for pair, count in self.met.items() if grown.places.keys() >= set(pair)}
-        return replace(grown, met=MappingProxyType(met))
+        return replace(grown, met=met)
 
     def after(self, dreams: Iterable[Sequence[int]]) -> MemoryGraph:
         """The graph that remembers which memories were in one dream: ids, dream by dream."""
@@ -62,7 +61,7 @@ class MemoryGraph:
             for pair in combinations(sorted(set(ids)), 2):
                 met[pair] = met.get(pair, 0) + 1
         latest = list(met.items())[-self.config.max_pairs :]
-        return replace(self, met=MappingProxyType(dict(latest)))
+        return replace(self, met=dict(latest))
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -146,7 +145,7 @@ class MemoryGraph:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             said = " ".join(str(error).split())
             raise DataError(f"memory graph {path}: it is damaged ({type(error).__name__}: {said})") from error
-        return replace(graph, met=MappingProxyType(met))
+        return replace(graph, met=met)
 
 
 def _age(memory: Memory) -> tuple[int, int]:

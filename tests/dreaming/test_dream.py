@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_a_ticket_gives_the_same_dream_in_any_company(model: Cortex) -> None:
 
 def test_a_dream_says_where_it_came_from(model: Cortex) -> None:
     for found in dreams(model):
+        assert pickle.loads(pickle.dumps(found)) == found
         by_id = {m.id: m for m in GRAPH.memories}
         assert found.id == f"v3/0/{found.ticket}" and found.question == by_id[found.asked].cue
         assert {found.asked, *found.lines} <= set(found.walk) and found.asked not in found.lines

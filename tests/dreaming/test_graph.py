@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,12 @@ def test_pairs_are_bounded_and_go_with_their_memories() -> None:
     assert len(after.met) == 4 and (4, 5) in after.met
     met = graph.after([(0, 1), (1, 2)]).with_memories([memory(7)]).met
     assert dict(met) == {(1, 2): 1}
+
+
+def test_a_graph_travels_to_other_processes() -> None:
+    graph = MemoryGraph.of(memories(6)).after([(0, 1)])
+    again = pickle.loads(pickle.dumps(graph))
+    assert again.met == graph.met and again.walks([3], seed=0).tolist() == graph.walks([3], seed=0).tolist()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
