@@ -95,6 +95,7 @@ def decode(
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
+        repetition_penalty=1.0,  # whatever the model's own default
         logits_processor=[choice],
     )
     tokens = out[:, width:].tolist()
