@@ -86,7 +86,7 @@ class JudgeConfig(Settings):
     set_bits: Annotated[int, Field(ge=10, le=36)] = 24
     """Size of a set of n-grams: 2^this bits. At a share s of bits set, a new n-gram passes for a known one with
     probability s."""
-    min_margin_nats: NonNegative = 1.0
+    min_margin_nats: NonNegative = 2.0
     """For answers that cannot be verified: log-probability of the answer over the next likeliest, from which on it
     counts as an answer."""
     max_margin_nats: Annotated[float, Field(gt=0.0)] = 20.0

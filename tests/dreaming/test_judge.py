@@ -105,7 +105,7 @@ def test_overlap_is_that_of_jaccard() -> None:
 
 
 @pytest.mark.parametrize(
-    ("margin", "expected"), [(0.9, (Reason.UNSURE,)), (1.1, ()), (19.0, ()), (21.0, (Reason.TOO_SURE,))]
+    ("margin", "expected"), [(1.9, (Reason.UNSURE,)), (2.1, ()), (19.0, ()), (21.0, (Reason.TOO_SURE,))]
 )
 def test_what_is_not_on_record_needs_a_margin(margin: float, expected: tuple[Reason, ...]) -> None:
     unknown = replace(answered(0, 3, margin=margin), question=(1, 2))
