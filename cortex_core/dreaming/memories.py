@@ -64,7 +64,8 @@ def written(
     segment: int = 0,
     next_id: int = 0,
 ) -> list[Memory]:
-    """What the one row of `session` still has in its log, with a strength of `min_write` or more.
+    """What the one row of `session` still has in its log, with a strength of `min_write` or more: writes by mistake are
+    mostly weaker.
 
     `tokens` are the stream from position `first` on; what was written outside them, or too near to their start to have
     a line, is passed over. `question` stands before the cue when it is asked for. Addresses are the keys with which the
