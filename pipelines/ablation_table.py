@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cortex_core.eval.ablations import REFERENCE, VARIANTS
-from cortex_core.eval.intervals import paired_difference
+from cortex_core.intervals import paired_difference
 from pipelines.ablation_page import ablation_curves, costs_in_words, gained, page
 from pipelines.drawing import Row, image_bytes, percent
 from pipelines.report_page import interval

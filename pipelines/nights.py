@@ -20,8 +20,8 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import read, restore, write
 from cortex_core.consolidation.sleep import slow_values
 from cortex_core.errors import IncompatibleError
-from cortex_core.eval.intervals import wilson
 from cortex_core.eval.perplexity import drift, text_loss
+from cortex_core.intervals import wilson
 from cortex_core.tasks.corpus import Corpus, load_corpus
 from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary

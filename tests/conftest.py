@@ -34,7 +34,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Only the packages of tensors: beartype would also wrap pydantic classes, which check themselves.
 install_import_hook(
-    [f"cortex_core.{name}" for name in ("fast_weights", "backbone", "optim", "consolidation", "training", "eval")],
+    [
+        f"cortex_core.{name}"
+        for name in ("fast_weights", "backbone", "optim", "consolidation", "dreaming", "training", "eval")
+    ],
     "beartype.beartype",
 )
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cortex_core.config import UpdateConfig
-from cortex_core.eval.intervals import paired_difference, wilson
+from cortex_core.intervals import paired_difference, wilson
 from cortex_core.training.pretrain_config import DecoderConfig
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny

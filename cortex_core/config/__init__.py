@@ -25,6 +25,7 @@ from cortex_core.config.data import (
     TasksConfig,
     ValidationConfig,
 )
+from cortex_core.config.dreaming import DreamConfig, JudgeConfig, MemoryGraphConfig, ScenarioConfig
 from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.life import LifeConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
@@ -37,17 +38,21 @@ __all__ = [
     "BackboneConfig",
     "CodesConfig",
     "DataConfig",
+    "DreamConfig",
     "EvaluationConfig",
     "FastWeightsConfig",
     "FillerName",
     "FisherConfig",
     "Fraction",
+    "JudgeConfig",
     "LifeConfig",
+    "MemoryGraphConfig",
     "NonNegative",
     "OptimizerConfig",
     "PositiveInt",
     "ReplayConfig",
     "ScalingConfig",
+    "ScenarioConfig",
     "SegmentsConfig",
     "Settings",
     "SleepConfig",

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from cortex_core import files
 from cortex_core.config import FisherConfig
-from cortex_core.consolidation import files
 from cortex_core.consolidation.per_example import (
     ExampleLogits,
     ExampleLoss,

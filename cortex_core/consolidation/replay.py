@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cortex_core import files
 from cortex_core.config import ReplayConfig
-from cortex_core.consolidation import files
 from cortex_core.errors import ConfigError, DataError
 
 SCHEMA = "cortex-replay/1"

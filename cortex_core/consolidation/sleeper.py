@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cortex_core import files
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
 from cortex_core.config import ReplayConfig, SleepConfig
-from cortex_core.consolidation import files, sleep
+from cortex_core.consolidation import sleep
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
 from cortex_core.consolidation.replay import Item, ReplayBuffer

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cortex_core.backbone.model import Cortex
-from cortex_core.eval.intervals import mean_interval
+from cortex_core.intervals import mean_interval
 
 
 class TextLoss(NamedTuple):

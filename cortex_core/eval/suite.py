@@ -12,10 +12,10 @@ import torch
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import EvaluationConfig
-from cortex_core.eval.intervals import wilson
 from cortex_core.eval.perplexity import TextLoss, drift, text_loss
 from cortex_core.eval.reach import Hits, padded, recall
 from cortex_core.eval.usage import gate_usage
+from cortex_core.intervals import wilson
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.layout import TextTask
 from cortex_core.tasks.mixture import build_task

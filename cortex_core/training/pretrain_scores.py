@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cortex_core.config import TaskName
-from cortex_core.eval.intervals import wilson
+from cortex_core.intervals import wilson
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.layout import Example
 from cortex_core.tasks.mixture import build_task, stack

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cortex_core import files
 from cortex_core.config import ReplayConfig
-from cortex_core.consolidation import files
 from cortex_core.consolidation.replay import SCHEMA, ReplayBuffer
 from cortex_core.errors import DataError
 
@@ -63,7 +63,7 @@ def test_a_smaller_capacity_lets_go_as_always(saved: Path) -> None:
 CRASH = """
 import os, sys
 from pathlib import Path
-from cortex_core.consolidation import files
+from cortex_core import files
 from tests.consolidation.test_replay_files import buffer_of
 
 stop, path = sys.argv[1], Path(sys.argv[2])

@@ -12,9 +12,9 @@ import torch
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import EvaluationConfig
-from cortex_core.eval.intervals import wilson
 from cortex_core.eval.reach import recall
 from cortex_core.eval.suite import TEXT_ROW_SEGMENTS, Suite, _clock
+from cortex_core.intervals import wilson
 from pipelines.report import Evaluation
 from tests import tiny
 from tests.tiny import SEGMENT

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import ConfigError
 from cortex_core.eval.ablations import REFERENCE
-from cortex_core.eval.intervals import paired_difference
+from cortex_core.intervals import paired_difference
 from pipelines import ablate, cli, cluster, evaluate, train
 from pipelines.config import SIDECARS_FOLDER, RunConfig, dump_toml, load_config
 from pipelines.runs import STATE_FILE

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from cortex_core.eval.ablations import REFERENCE, VARIANTS
-from cortex_core.eval.intervals import wilson
+from cortex_core.intervals import wilson
 from pipelines.ablation_page import ablation_curves, looks, page
 from pipelines.ablation_table import FILES, compare, flat, print_ablations, write_ablations
 from tests.pipelines.test_pictures import undrawn_ticks

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from cortex_core.eval.intervals import wilson
+from cortex_core.intervals import wilson
 from pipelines.drawing import image_bytes, percent, token_label
 from pipelines.pictures import gate_usage, reach_curves, training_curves
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from cortex_core.errors import DataError
-from cortex_core.eval.intervals import wilson
+from cortex_core.intervals import wilson
 from pipelines.report import load_evaluation, print_summary, write_report
 from pipelines.report_page import findings
 

@@ -13,7 +13,7 @@ import numpy as np
 from cortex_core.errors import ConfigError, DataError
 from cortex_core.eval.benchmarks.example import by_size
 from cortex_core.eval.benchmarks.measures import YES_OR_NO
-from cortex_core.eval.intervals import Interval, mean_interval, paired_difference, wilson
+from cortex_core.intervals import Interval, mean_interval, paired_difference, wilson
 
 ANSWERS, SETTINGS, SUMMARY = "answers.jsonl", "run.json", "summary.json"
 TABLES = (".csv", ".parquet")

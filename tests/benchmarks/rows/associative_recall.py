@@ -28,7 +28,7 @@ def associative_recall(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     import torch
 
     from cortex_core.config import FastWeightsConfig
-    from cortex_core.eval.intervals import mean_interval
+    from cortex_core.intervals import mean_interval
     from cortex_core.tasks.mqar import TEST, VOCAB_SIZE
     from tests.benchmarks.recall_model import RecallModel, answers, train
 

@@ -26,7 +26,7 @@ def a_million_tokens(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     made as it is read. Peak resident memory from the first to the last token over that to token 65,536. Time: 9 times,
     alternately, both sessions read the same 4,096 tokens on.
     """
-    from cortex_core.eval.intervals import wilson
+    from cortex_core.intervals import wilson
 
     for filler in FILLERS:
         name = f"{__name__}:read_far"

@@ -21,7 +21,7 @@ def needles(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     of eight, all of which must be right. The run was trained on key-value recall alone, whose facts stand together.
     Held-out words; 100 examples in text and 100 others in random tokens each, Wilson's interval.
     """
-    from cortex_core.eval.intervals import wilson
+    from cortex_core.intervals import wilson
 
     haystack = TIMES_LONGER * demo.config.training.max_segments * demo.model.segment_tokens
     for name, goal in GOALS.items():

@@ -39,7 +39,7 @@ def perplexity(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     seeds, as a ratio. One process, one thread.
     """
     from cortex_core.config import UpdateConfig
-    from cortex_core.eval.intervals import mean_interval
+    from cortex_core.intervals import mean_interval
     from tests.benchmarks import optimizer_runs
 
     names = {row: row.removesuffix("_perplexity_over_adamw") for row in PERPLEXITY_ROWS if row in wanted}

@@ -40,7 +40,7 @@ def recall_by_rank(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 def rows_of(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     """A row for each evaluation; and, where it is there, the adaptive memory against the even one of equal size."""
-    from cortex_core.eval.intervals import mean_interval, wilson
+    from cortex_core.intervals import mean_interval, wilson
 
     right = {name: trained.shares(document, GAPS) for name, document in documents.items()}
     for name, shares in right.items():

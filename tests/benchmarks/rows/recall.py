@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
-from cortex_core.eval.intervals import paired_difference, wilson
+from cortex_core.intervals import paired_difference, wilson
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import FILLERS, Answers, Demo, batches
 

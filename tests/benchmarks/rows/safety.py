@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cortex_core.eval.intervals import paired_difference, wilson
+from cortex_core.intervals import paired_difference, wilson
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Demo, batches
 

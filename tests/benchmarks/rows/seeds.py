@@ -46,7 +46,7 @@ def hits(evaluation: Mapping[str, Any]) -> Hits:
 
 def rows_of(runs: list[Hits]) -> Iterator[Row]:
     """A row for every cell, the worst of them, and the spread over runs."""
-    from cortex_core.eval.intervals import wilson
+    from cortex_core.intervals import wilson
 
     cells = {
         (filler, gap): wilson(sum(run[filler, gap][0] for run in runs), sum(run[filler, gap][1] for run in runs))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
 from cortex_core.config import LifeConfig, ReplayConfig, SleepConfig
-from cortex_core.eval.intervals import mean_interval, wilson
+from cortex_core.intervals import mean_interval, wilson
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Demo
 

@@ -53,7 +53,7 @@ def recall_of_tasks(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 def rows_of(task: str, document: Mapping[str, Any]) -> Iterator[Row]:
     """From a run's `evaluation.json`: a row for every gap, the least of them, and the loss within the window."""
-    from cortex_core.eval.intervals import paired_difference, wilson
+    from cortex_core.intervals import paired_difference, wilson
 
     right = {gap: trained.shares(document, [gap]) for gap in GAPS}
     found = {gap: wilson(sum(answers), len(answers)) for gap, answers in right.items()}

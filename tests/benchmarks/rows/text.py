@@ -37,7 +37,7 @@ def long_files_bits_saved_percent(demo: Demo, wanted: Set[str]) -> Iterator[Row]
 
 def saved_percent(with_memory: Sequence[float], bare: Sequence[float]) -> tuple[float, float, float]:
     """100 (1 - sum / sum) of the losses of each file, with the interval of a ratio estimator (Cochran 1977, 6.4)."""
-    from cortex_core.eval.intervals import mean_interval
+    from cortex_core.intervals import mean_interval
 
     total, n = sum(bare), len(bare)
     ratio = sum(with_memory) / total

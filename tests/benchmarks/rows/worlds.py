@@ -51,7 +51,7 @@ def stories_of_a_small_world(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 def rows_of(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     """By task, from its run's `evaluation.json`; the average if all five are there."""
-    from cortex_core.eval.intervals import wilson
+    from cortex_core.intervals import wilson
 
     right: list[float] = []
     for task, document in documents.items():

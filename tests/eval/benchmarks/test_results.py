@@ -10,7 +10,7 @@ import pytest
 
 from cortex_core.errors import ConfigError, DataError
 from cortex_core.eval.benchmarks import results
-from cortex_core.eval.intervals import mean_interval, paired_difference, wilson
+from cortex_core.intervals import mean_interval, paired_difference, wilson
 
 
 def row(key: str, task: str = "qa1", length: str = "4k", **scores: tuple[float, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex_core.eval.intervals import mean_interval, paired_difference, wilson
+from cortex_core.intervals import mean_interval, paired_difference, wilson
 
 counts = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 tables = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
