@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,8 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.errors import ConfigError, IncompatibleError
-
-T = TypeVar("T")
 
 
 class Sizes(NamedTuple):
@@ -162,6 +160,10 @@ class LowRankDeltas(nn.Module):
         """Whether a call of the model would now be changed."""
         return bool(self._on) and not self._off and getattr(self._on[0], "memory_is_on", True)
 
+    def on(self, model: Cortex | PreTrainedModel) -> bool:
+        """Whether they are attached to this model."""
+        return bool(self._on) and self._on[0] is model
+
     def _added(self, index: int, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.active:
             return output
@@ -169,10 +171,6 @@ class LowRankDeltas(nn.Module):
         return output + (self.scale * delta).to(output.dtype)
 
     # --- values ------------------------------------------------------------------------------------------------------
-
-    def forward(self, call: Callable[[], T]) -> T:
-        """`call()`. It lets `torch.func.functional_call` put other values in the place of the parameters meanwhile."""
-        return call()
 
     def values(self) -> dict[str, Tensor]:
         """The parameters by name: `down.0`, `up.0` belong to the first of `names`."""
