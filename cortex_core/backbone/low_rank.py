@@ -201,7 +201,7 @@ def _found(backbone: PreTrainedModel, names: Sequence[str]) -> Mapping[str, tupl
         if sizes is None:
             kind = f"a {type(modules[name]).__name__}, not a linear module" if name in modules else "no module of it"
             raise IncompatibleError(
-                f"deltas: {name} is {kind} ({type(backbone).__name__}); name modules that linear_modules() lists"
+                f"deltas: {name!r} is {kind} ({type(backbone).__name__}); name modules that linear_modules() lists"
             )
         found[name] = (modules[name], sizes)
     return found

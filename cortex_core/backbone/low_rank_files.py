@@ -95,7 +95,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Table]:
         return tensors, _Table.model_validate(json.loads(metadata.get("table", "")))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "table"
+        where = " ".join(".".join(map(str, first["loc"])).split()) or "table"
         raise DataError(f"deltas {path}: {where}: {first['msg']}; the file is damaged") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"deltas {path}: its table is not JSON; the file is damaged") from error

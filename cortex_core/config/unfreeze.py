@@ -26,7 +26,7 @@ class UnfreezeConfig(Settings):
     """Seed of the deltas' random halves and of the labels that say what text is sensitive to."""
     steps: PositiveInt = 32
     """Optimizer steps at most; fewer where the trust region allows none that goes on."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0.0, le=1e30)] = 3e-3
     """Rate of Adam on the deltas, at most: it is halved whenever a step has left the trust region, and doubled by one
     that stays inside."""
     max_backtracks: Annotated[int, Field(ge=0)] = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from cortex_core.consolidation.lessons import Prompts, answers
 from cortex_core.errors import ConfigError
 
 
+@runtime_checkable
 class Guard(Protocol):
     """Says how far a model is from the original one, and whether that is too far."""
 
