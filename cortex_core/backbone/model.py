@@ -127,6 +127,11 @@ class Cortex(nn.Module):
         finally:
             self._memory_on = before
 
+    @property
+    def memory_is_on(self) -> bool:
+        """Not so within `memory(False)`: low-rank deltas are off there as well."""
+        return self._memory_on
+
     def checkpoint_gradients(self) -> None:
         """Recompute the backbone's activations in the backward pass instead of keeping them."""
         attach.checkpoint_layers(self.backbone, min(self.sidecars_by_layer))

@@ -30,6 +30,7 @@ from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.life import LifeConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 from cortex_core.config.training import OptimizerConfig, TrainingConfig, UpdateConfig
+from cortex_core.config.unfreeze import UnfreezeConfig
 
 __all__ = [
     "ASSETS",
@@ -60,6 +61,7 @@ __all__ = [
     "TaskName",
     "TasksConfig",
     "TrainingConfig",
+    "UnfreezeConfig",
     "UpdateConfig",
     "ValidationConfig",
 ]

@@ -60,15 +60,15 @@ def consolidate(
     values = slow_values(model)
     before = {name: value.detach().clone() for name, value in values.items()}
     losses: list[float] = []
-    with _trained(values):
+    with trained(values):
         optimizer = RowMomentum(values.values(), config.learning_rate)
         for _ in range(config.steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = _loss(model, tonight, config)
+            loss = distillation_loss(model, tonight, config.batch_size)
             losses.append(loss.item())
             old = replay(config.replayed)
             if old is not None and len(old):
-                loss = loss + config.replay_weight * _loss(model, old, config)
+                loss = loss + config.replay_weight * distillation_loss(model, old, config.batch_size)
             if penalty is not None:
                 loss = loss + penalty(values)
             loss.backward()
@@ -85,18 +85,18 @@ def consolidate(
     )
 
 
-def _loss(model: Cortex, lessons: Lessons, config: SleepConfig) -> Tensor:
-    """Mean over lessons, `batch_size` at a time."""
+def distillation_loss(model: Cortex, lessons: Lessons, batch_size: int) -> Tensor:
+    """KL of what was taught to what the model with empty fast weights says: mean over lessons, some at a time."""
     total = torch.zeros((), device=model.backbone.device)
-    for chosen in torch.arange(len(lessons)).split(config.batch_size):
+    for chosen in torch.arange(len(lessons)).split(batch_size):
         part = lessons.at(chosen)
         total = total + part.taught.kl(answers(model, part.prompts)).sum()
     return total / len(lessons)
 
 
 @contextmanager
-def _trained(values: SlowValues) -> Iterator[None]:
-    """Within it, gradients flow to the slow weights."""
+def trained(values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, gradients flow to these values, of which nothing asks for any otherwise."""
     for value in values.values():
         value.requires_grad_(True)
     try:
