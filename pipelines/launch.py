@@ -197,8 +197,8 @@ def _do(settings: dict[str, Any], edge: Edge) -> None:
     if settings["job"] == "train":
         worker.train(config, edge, settings["until_step"])
     elif settings["job"] == "sleep":
-        from pipelines import nights
+        from pipelines import sleep_worker
 
-        nights.sleep(config, edge)
+        sleep_worker.sleep(config, edge)
     else:
         worker.evaluate(config, edge, Path(settings["sidecars"]))
