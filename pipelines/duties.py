@@ -23,7 +23,7 @@ class Consolidator(Protocol):
     """Learns over night."""
 
     def consolidate(self, snapshot: Any, lessons: Any, seed: int) -> Any:
-        """What to add to the slow weights of `snapshot`, by name. Depends on nothing but what is given."""
+        """What to add to the slow weights of `snapshot`, by name; both in CPU memory. Depends on nothing else."""
         ...
 
 

@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from cortex_core.errors import DataError
 from pipelines.actor_config import NightsConfig
 from pipelines.crew import Crew
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Any]
+"""Tensors or arrays by name. This file imports neither torch nor numpy: an actor has to start quickly."""
 
 
 class Night(NamedTuple):
@@ -95,7 +93,7 @@ class Nights:
                 f"{len(self._works)} nights wait already, queue_nights = {self._config.queue_nights}. Call wait and "
                 "merge first, sleep less often, or raise queue_nights"
             )
-        work = _Work(self._next, 0, version, _copy(snapshot), lessons)
+        work = _Work(self._next, 0, version, _copy(snapshot, to_cpu=True), lessons)
         self._works[work.number] = work
         self._next += 1
         self._tend()
@@ -149,7 +147,9 @@ class Nights:
             del self._works[night.number]
             self._counts["given_up"] += bool(reason)
             return Verdict(not reason, reason, given_up=bool(reason))
-        self._works[night.number] = work._replace(tries=work.tries + 1, version=version, snapshot=_copy(weights))
+        self._works[night.number] = work._replace(
+            tries=work.tries + 1, version=version, snapshot=_copy(weights, to_cpu=True)
+        )
         self._tend()
         return Verdict(False, reason)
 
@@ -168,7 +168,7 @@ class Nights:
             raise ValueError("load_state_dict: nights have been handed in already. Call it before submit")
         try:
             works = [
-                _Work(int(each["number"]), int(each["tries"]), version, _copy(snapshot), each["lessons"])
+                _Work(int(each["number"]), int(each["tries"]), version, _copy(snapshot, to_cpu=True), each["lessons"])
                 for each in state["pending"]
             ]
             following = int(state["next"])
@@ -215,8 +215,14 @@ class Nights:
         return random.Random(f"{self._config.seed}/{work.number}/{work.tries}").getrandbits(31)
 
 
-def _copy(weights: Weights) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.items()}
+def _copy(weights: Weights, *, to_cpu: bool = False) -> dict[str, Any]:
+    return {name: _copied(value, to_cpu=to_cpu) for name, value in weights.items()}
+
+
+def _copied(value: Any, *, to_cpu: bool) -> Any:
+    if not hasattr(value, "detach"):
+        return value.copy()
+    return value.detach().to("cpu", copy=True) if to_cpu else value.detach().clone()
 
 
 def _check_fits(night: Night, weights: Weights) -> None:
@@ -229,18 +235,18 @@ def _check_fits(night: Night, weights: Weights) -> None:
         )
 
 
-@torch.no_grad()
 def _added(delta: Weights, weights: Weights, agrees: Callable[[], bool]) -> bool:
     """Whether it stays added. If not, or if something is raised on the way, the weights are what they were."""
-    if not all(bool(value.isfinite().all()) for value in delta.values()):
-        return False
+    if not all(bool((change * 0 == 0).all()) for change in delta.values()):
+        return False  # infinite, or not a number
     before, stays = _copy(weights), False
+    inside = {name: value.detach() if hasattr(value, "detach") else value for name, value in weights.items()}
     try:
-        for name, value in weights.items():
-            value += delta[name].to(value.device)
+        for name, value in inside.items():
+            value += delta[name].to(value.device) if hasattr(value, "detach") else delta[name]
         stays = bool(agrees())
     finally:
         if not stays:
-            for name, value in weights.items():
-                value.copy_(before[name])
+            for name, value in inside.items():
+                value[...] = before[name]
     return stays
