@@ -37,7 +37,8 @@ class PoolConfig(CrewConfig):
     num_generators: PositiveInt = 2
     """Actors that generate side by side."""
     queue_items: PositiveInt = 64
-    """Samples at most that wait for training or are being generated: with as many, generators pause."""
+    """Samples at most that wait for training or are being generated: with as many, generators pause. Where they are
+    quicker than training, fewer makes the samples fresher."""
     max_staleness: Annotated[int, Field(ge=0)] = 4
     """Versions of the weights that a sample may lie behind when training takes it. 0: training waits for samples of
     its own weights, in an order that does not depend on the generators. More lets both sides work at once."""

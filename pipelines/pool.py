@@ -94,7 +94,7 @@ class Pool:
         with self._lock:
             self._version, self._shared = version, shared
             self._drop([ticket for ticket, sample in self._queue.items() if self._too_stale(sample.version)])
-            self._tend()
+            self._go_on()
 
     def take(self, n: int, timeout_s: float) -> list[Sample]:
         """`n` samples that nobody has taken before. Raises TimeoutError that says what the generators were doing, and
@@ -111,8 +111,11 @@ class Pool:
                 with self._lock:
                     self._check()
                     self._batch = self._demand = n
-                    self._tend()
-                    if (chosen := self._choose(n)) is not None:
+                    chosen = self._choose(n)
+                    if chosen is None:
+                        self._tend()
+                        chosen = self._choose(n)
+                    if chosen is not None:
                         return self._hand_over(chosen)
                 left = start + timeout_s - self._clock()
                 if left <= 0.0:
@@ -231,7 +234,8 @@ class Pool:
             room = min(self._config.queue_items, useful) - len(self._queue) - len(self._under_way)
             if room <= 0:
                 return
-            share = -(-room // len(self._crew))
+            # Training that waits for all of them has them soonest if everybody helps; otherwise a call is to be full.
+            share = room if self._config.max_staleness else -(-room // len(self._crew))
             tickets = self._ledger.issue(min(share, self._config.tickets_per_call))
             self._under_way.update(dict.fromkeys(tickets, self._version))
             self._crew.give(number, _Errand(self._version, tickets), tickets, self._version, self._shared)
@@ -263,8 +267,15 @@ class Pool:
         self._taken += len(samples)
         self._staleness = sum(self._version - sample.version for sample in samples) / len(samples)
         self._demand = 0
-        self._send()
+        self._go_on()
         return samples
+
+    def _go_on(self) -> None:
+        """There may be room again. If somebody else can see to that, training need not."""
+        if self._thread is None:
+            self._tend()
+        else:
+            self._crew.wake()
 
     def _missing(self, n: int, timeout_s: float) -> str:
         with self._lock:
