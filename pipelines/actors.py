@@ -46,7 +46,7 @@ class Actor:
         """`options` are those of `ray.remote`. Does not wait for it to be placed."""
         with _calling:
             _check_running()
-            self._actor = ray.remote(kind).options(**options).remote(*arguments)
+            self._actor: Any = ray.remote(kind).options(**options).remote(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Future[Any]:
         """Call a method; what it raises, and whatever happens to the actor, is the future's exception."""

@@ -22,6 +22,7 @@ import torch
 from pipelines.actor_config import NightsConfig, PoolConfig
 from pipelines.beside import open_nights, open_pool
 from pipelines.pool import Pool, Sample
+from tests.benchmarks import child
 from tests.pipelines.beside_scenes import Plain, Watched
 from tests.pipelines.test_nights import Regression, lessons, slow
 
@@ -218,6 +219,14 @@ def test_a_sleeper_that_is_killed_at_night_loses_nothing(held: Path) -> None:
         assert nights.metrics()["sleep/restarts"] == 1.0 and nights.metrics()["sleep/merged"] == 2.0
         pids = {*callers(held)}
     until(lambda: gone(pids), "the sleeper was left")
+
+
+@pytest.mark.nightly
+def test_random_kills_of_generators_sleeper_and_trainer_change_nothing() -> None:
+    """What `make scoreboard ROW=kills` does two hundred times."""
+    (found,) = child.run("tests.benchmarks.kills:measured", kills=8, seed=3, timeout_s=500)
+    assert (found["lost"], found["twice"], found["different_bytes"], found["kills"]) == (0, 0, 0, 8), found
+    assert found["steps"] >= 12 and found["nights"] >= 2
 
 
 TRAINING = """
