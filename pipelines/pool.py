@@ -272,10 +272,10 @@ class Pool:
 
     def _go_on(self) -> None:
         """There may be room again. If somebody else can see to that, training need not."""
-        if self._thread is None:
-            self._tend()
-        else:
+        if self._thread is not None and self._thread.is_alive():
             self._crew.wake()
+        else:
+            self._tend()
 
     def _missing(self, n: int, timeout_s: float) -> str:
         with self._lock:

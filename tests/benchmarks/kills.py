@@ -33,7 +33,7 @@ KINDS = {"generator": 0.6, "sleeper": 0.25, "trainer": 0.15}
 """Who is killed how often. With the trainer go all others."""
 BATCH, SLEEP_EVERY, SLEEP_LASTS = 4, 6, 3
 SAMPLE_S, NIGHT_S = 0.01, 0.05
-MOST_TICKETS, MOST_NIGHTS = 100_000, 10_000
+MOST_TICKETS, MOST_NIGHTS = 20_000, 2_000
 PROGRESS_TIMEOUT_S = 120.0
 
 
@@ -215,7 +215,7 @@ def _disturb(folder: Path, kills: int, draw: random.Random) -> dict[str, int]:
     trainer, found = _Trainer(folder), dict.fromkeys(KINDS, 0)
     try:
         while sum(found.values()) < kills:
-            if draw.random() < 0.5:
+            if draw.random() < 0.4:
                 _wait_for_step(trainer, folder, _step(folder) + 1)
             trainer.wait(draw.uniform(0.0, 0.2))
             (kind,) = draw.choices([*KINDS], [*KINDS.values()])
