@@ -64,7 +64,7 @@ def measured(kills: int, seed: int) -> dict[str, Any]:
         _train_to(quiet, learned.step)
         undisturbed = Learned.read(quiet)
     samples, nights = learned.step * BATCH, len(range(0, learned.step - SLEEP_LASTS + 1, SLEEP_EVERY))
-    counts = np.concatenate([learned.arrays["samples"][:samples], learned.arrays["nights"][:nights]])
+    counts = np.concatenate([learned.arrays["samples"][:samples], learned.arrays["nights"][:nights]]).astype(int)
     beyond = learned.arrays["samples"][samples:].sum() + learned.arrays["nights"][nights:].sum()
     return {
         "lost": int((counts == 0).sum()),
