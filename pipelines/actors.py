@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cache
 from typing import Any
 
@@ -33,10 +34,31 @@ def ask(method: Any, *arguments: Any, timeout_s: float) -> Any:
     if not hasattr(method, "remote"):
         return method(*arguments)
     with _calling:
-        if not ray.is_initialized():
-            raise RuntimeError("Ray is not running any more")
+        _check_running()
         answer = method.remote(*arguments).future()
     return answer.result(timeout=timeout_s)
+
+
+class Actor:
+    """An actor in a process of its own, whose calls answer with futures. It ends with `kill`, or with this process."""
+
+    def __init__(self, kind: type, *arguments: Any, **options: Any) -> None:
+        """`options` are those of `ray.remote`. Does not wait for it to be placed."""
+        with _calling:
+            _check_running()
+            self._actor: Any = ray.remote(kind).options(**options).remote(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method; what it raises, and whatever happens to the actor, is the future's exception."""
+        with _calling:
+            _check_running()
+            return getattr(self._actor, method).remote(*arguments).future()
+
+    def kill(self) -> None:
+        """End it on the spot."""
+        with _calling:
+            if ray.is_initialized():  # it is gone otherwise
+                ray.kill(self._actor)
 
 
 class Gauges:
@@ -55,6 +77,11 @@ class Gauges:
         if lost > self._lost:
             dropped.inc(lost - self._lost, self._tags)
         self._posted, self._lost = posted, lost
+
+
+def _check_running() -> None:
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not running any more")
 
 
 @cache

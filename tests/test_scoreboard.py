@@ -19,7 +19,7 @@ from cortex_core.intervals import paired_difference, wilson
 from cortex_core.training.pretrain_config import DecoderConfig
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
 from tests import tiny
-from tests.benchmarks import child, optimizer_runs, pairs, rank_picture
+from tests.benchmarks import child, kills, optimizer_runs, pairs, rank_picture
 from tests.benchmarks.optimizer_runs import Losses
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
@@ -149,6 +149,7 @@ def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
         "long_files_bits_saved_percent",
         *sweep.KILLED_ROWS,
         sweep.OVERHEAD_ROW,
+        *kills.ROWS,
     }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {

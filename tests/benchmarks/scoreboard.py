@@ -24,6 +24,7 @@ from typing import NamedTuple, NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
+from tests.benchmarks import async_actors, kills
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
@@ -110,6 +111,8 @@ MEASUREMENTS = (
     Measurement(machinery.checkpoints, machinery.CHECKPOINT_ROWS, "machinery"),
     Measurement(machinery.loading_shard_by_shard, machinery.LOADING_ROWS, "machinery", needs_run=False),
     Measurement(startup.startup, startup.ROWS, "startup", needs_run=False),
+    Measurement(async_actors.training_beside_actors, async_actors.ROWS, "actors", needs_run=False),
+    Measurement(kills.two_hundred_kills, kills.ROWS, "kills", needs_run=False),
     Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
@@ -117,7 +120,7 @@ MEASUREMENTS = (
     Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim")
+OPT_IN = ("wallclock", "sweep", "kills", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 
