@@ -135,6 +135,11 @@ class SleepConfig(Settings):
     """How far the slot that matters most moves in a step, root mean square over its entries."""
     replayed: Annotated[int, Field(ge=0)] = 64
     """Lessons of earlier nights that are drawn anew for every step; 0 replays nothing."""
+    dream_frac: Fraction = 0.0
+    """Share of these that are dreamed instead: made by the model from what was written, judged, and learned if they
+    pass. 1 keeps no lesson of an earlier night."""
+    dreams_per_night: PositiveInt = 128
+    """Dreams that a night has at most to draw from, if there are any."""
     replay_weight: NonNegative = 1.0
     """Weight of what is replayed, against tonight's lessons."""
     batch_size: PositiveInt = 64

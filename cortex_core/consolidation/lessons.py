@@ -8,6 +8,7 @@ nothing to learn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.backbone.session import Session
+
+_NEVER_NATS = -30.0
+"""Log-probability of what is not said."""
 
 
 class Taught(NamedTuple):
@@ -34,6 +38,18 @@ class Taught(NamedTuple):
         """The `top` likeliest tokens of each row."""
         found, ids = logits.float().log_softmax(-1).topk(min(top, logits.shape[-1]), dim=-1)
         return cls(ids, found, _rest(found))
+
+    @classmethod
+    def answered(cls, ids: Int[Tensor, " prompts"], top: int, vocab_size: int, sure: float = 0.99) -> Taught:
+        """One right answer each, with probability `sure`: what cloning a behaviour learns from, not distillation.
+
+        The other `top` - 1 likeliest tokens, which fill the table, are any that have next to no probability.
+        """
+        top = min(top, vocab_size)
+        nats = torch.full((len(ids), top), _NEVER_NATS)
+        nats[:, 0] = math.log(sure)
+        rest = torch.full((len(ids),), math.log(1 - sure))
+        return cls((ids[:, None] + torch.arange(top)) % vocab_size, nats, rest)
 
     def kl(self, logits: Float[Tensor, "prompts vocab"]) -> Float[Tensor, " prompts"]:
         """KL(taught || said) in nats, over the likeliest tokens and the rest: a lower bound of that over all tokens."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from cortex_core import files
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
+from cortex_core.backbone.session import Session
 from cortex_core.config import ReplayConfig, SleepConfig
 from cortex_core.consolidation import sleep
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
 from cortex_core.consolidation.replay import Item, ReplayBuffer
-from cortex_core.errors import DataError, IncompatibleError
+from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
 SCHEMA = "cortex-sleeper/1"
 SESSION, REPLAY, SLOW = "session.safetensors", "replay.safetensors", "slow.safetensors"
@@ -25,6 +26,22 @@ LOG_WRITES = 4096
 
 Encode = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens."""
+
+
+class DreamSource(Protocol):
+    """Where lessons come from that nobody kept."""
+
+    def dream(self) -> dict[str, float]:
+        """Tonight's dreams, of what was written on earlier days. Returns metrics."""
+        ...
+
+    def draw(self, most: int) -> Lessons:
+        """Some of those that may be learned from."""
+        ...
+
+    def remember(self, session: Session, day: Sequence[int], began: int) -> None:
+        """What this day has written: its tokens, the first at position `began`."""
+        ...
 
 
 class Slept(NamedTuple):
@@ -49,16 +66,20 @@ class Sleeper:
         *,
         encode: Encode,
         guard: DriftGuard | None = None,
+        dreams: DreamSource | None = None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """`encode` is for the words of the questions; `after_backward` is called where shards are to be let go. Without
-        a `guard` every night counts. Raises ConfigError for a memory that cannot have slow weights."""
+        """`encode` is for the words of the questions; `dreams` for `sleep.dream_frac`; `after_backward` is called where
+        shards are to be let go. Without a `guard` every night counts. Raises ConfigError for a memory that cannot have
+        slow weights."""
         self.model, self.config = model, config or SleepConfig()
         if not model.fast_weights.slow_slots:
             model.grow_slow_weights(self.config.slots, self.config.active)
         self.buffer = ReplayBuffer(replay or ReplayConfig())
         self.session = model.new_session(log_writes=LOG_WRITES)
-        self.guard, self._after_backward = guard, after_backward
+        self.guard, self.dreams, self._after_backward = guard, dreams, after_backward
+        if self.config.dream_frac and dreams is None:
+            raise ConfigError(f"dream_frac = {self.config.dream_frac}: needs `dreams`; give them, or set it to 0")
         self.num_nights = self.num_undone = 0
         self.encode = encode
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
@@ -94,6 +115,8 @@ class Sleeper:
         """Move what the closed segments of the day have left into slow weights, and wipe the fast ones."""
         tonight = self.lessons()
         metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
+        if self.dreams is not None:
+            metrics |= self.dreams.dream()
         kept = True
         if len(tonight):
             night = sleep.consolidate(
@@ -101,8 +124,10 @@ class Sleeper:
             )
             metrics |= night.metrics
             kept = self._merge(night, metrics)
-            if kept:
+            if kept and self.config.dream_frac < 1:
                 self._keep(tonight)
+        if self.dreams is not None:
+            self.dreams.remember(self.session, self._day, self._began)
         self.buffer.sleep_passed()
         self.num_nights += 1
         self.num_undone += not kept
@@ -179,9 +204,12 @@ class Sleeper:
             self.buffer.add(tensors, importance=gain, surprise=gain)
 
     def _replayed(self, most: int) -> Lessons | None:
-        if not most or not len(self.buffer):
-            return None
-        return _from_items(self.buffer.draw(most), self.model.backbone.device)
+        dreamed, parts = round(self.config.dream_frac * most), []
+        if dreamed and self.dreams is not None:
+            parts.append(self.dreams.draw(dreamed))
+        if most > dreamed and len(self.buffer):
+            parts.append(_from_items(self.buffer.draw(most - dreamed), self.model.backbone.device))
+        return Lessons.joined(parts) if parts else None
 
 
 def _counters(path: Path, notes: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
-from cortex_core.config import LifeConfig, ReplayConfig, SleepConfig
+from cortex_core.config import DreamConfig, LifeConfig, ReplayConfig, SleepConfig
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.sleeper import Encode, Sleeper, Slept
 from cortex_core.errors import ConfigError
@@ -19,6 +19,7 @@ from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.fact_book import FactBook
 from cortex_core.tasks.filler import Filler, TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
+from cortex_core.training.dreams import Dreams
 
 ASKED_AT_ONCE, GUARD_TOKENS = 128, 256
 _LEAD_STREAM, _GUARD_STREAM = 31, 37
@@ -94,9 +95,10 @@ class Life:
 
 def new_sleeper(
     model: Cortex, encode: Encode, corpus: Corpus, sleep: SleepConfig, replay: ReplayConfig,
-    after_backward: Callable[[], None] = lambda: None,
+    dream: DreamConfig | None = None, after_backward: Callable[[], None] = lambda: None,
 ) -> Sleeper:  # fmt: skip
-    """A reader of `model` whose nights are guarded on held-out text; `encode` and `after_backward` as of `Sleeper`.
+    """A reader of `model` whose nights are guarded on held-out text; `encode` and `after_backward` as of `Sleeper`. It
+    dreams as `dream` says if `sleep.dream_frac` asks for it.
 
     Raises ConfigError for a memory that cannot sleep, DataError if there is too little text.
     """
@@ -104,4 +106,5 @@ def new_sleeper(
     tokens = min(GUARD_TOKENS, model.segment_tokens)
     windows = [filler.tokens((number, _GUARD_STREAM), tokens) for number in range(sleep.guard_windows)]
     guard = DriftGuard(torch.tensor(np.stack(windows)), sleep.max_drift_nats) if windows else None
-    return Sleeper(model, sleep, replay, encode=encode, guard=guard, after_backward=after_backward)
+    dreams = Dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0])) if sleep.dream_frac else None
+    return Sleeper(model, sleep, replay, encode=encode, guard=guard, dreams=dreams, after_backward=after_backward)

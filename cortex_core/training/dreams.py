@@ -1,0 +1,77 @@
+"""Dreams as old lessons: what earlier days have written is dreamed of, judged, and learned again, where it passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.prompts import Prompts
+from cortex_core.backbone.session import Session
+from cortex_core.config import DreamConfig, SleepConfig
+from cortex_core.consolidation.lessons import Lessons, Taught
+from cortex_core.dreaming.dream import Dream, Dreamer
+from cortex_core.dreaming.graph import MemoryGraph
+from cortex_core.dreaming.judge import Verdict, judge
+from cortex_core.dreaming.memories import written
+from cortex_core.dreaming.ngrams import NgramSet
+
+
+class Dreams:
+    """The dreams of one reader. What it keeps of a day is what was written, never what was answered.
+
+    Filtered behavioural cloning: the model's own answers, where the judge lets them pass, are what it learns to give.
+    """
+
+    def __init__(self, model: Cortex, config: DreamConfig, sleep: SleepConfig, question: Sequence[int]) -> None:
+        """`question`: token ids that stand before a cue."""
+        self.model, self.config = model, config
+        self.graph = MemoryGraph.of((), config.graph)
+        self.table: list[tuple[Dream, Verdict]] = []
+        """Tonight's dreams, kept or not."""
+        self._question, self._top = tuple(question), sleep.top_tokens
+        self._per_night, self._min_write = sleep.dreams_per_night, sleep.min_write
+        self._earlier = NgramSet.empty(config.judge.ngram_tokens, config.judge.set_bits)
+        self._next_ticket = self._next_memory = self._num_nights = self._num_draws = 0
+        self._kept = Lessons.none(self._top)
+
+    def dream(self) -> dict[str, float]:
+        """Dream of what was written on earlier days, with empty fast weights; replaces last night's dreams."""
+        self._num_nights += 1
+        self._kept, self.table = Lessons.none(self._top), []
+        if not len(self.graph):
+            return {"dream/num": 0.0}
+        tickets = range(self._next_ticket, self._next_ticket + self._per_night)
+        self._next_ticket = tickets.stop
+        dreams = Dreamer(self.model, self.graph, self.config, model_version=str(self._num_nights)).dream(tickets)
+        verdicts, self._earlier = judge(dreams, self.graph.record, self.config.judge, earlier=self._earlier)
+        self.table = list(zip(dreams, verdicts, strict=True))
+        self.graph = self.graph.after(dream.memories for dream in dreams)
+        kept = [dream for dream, verdict in self.table if verdict.passed]
+        if kept:
+            answers = torch.tensor([dream.answer.tokens[0] for dream in kept])
+            vocab_size = self.model.backbone.config.get_text_config().vocab_size
+            taught = Taught.answered(answers, self._top, vocab_size)
+            self._kept = Lessons(Prompts.of([dream.prompt for dream in kept]), taught, torch.zeros(len(kept)))
+        return {"dream/num": float(len(dreams)), "dream/accept_frac": len(kept) / len(dreams)}
+
+    def draw(self, most: int) -> Lessons:
+        """Up to so many of tonight's dreams that passed, without putting back."""
+        random = np.random.default_rng((self.config.seed, self._num_nights, self._num_draws))
+        self._num_draws += 1
+        return self._kept.at(torch.from_numpy(random.permutation(len(self._kept))[:most]))
+
+    def remember(self, session: Session, day: Sequence[int], began: int) -> None:
+        """Take what a day has written into the graph: tokens of the day, the first at position `began`."""
+        new = written(
+            session, day, began, self._question, min_write=self._min_write, segment=self._num_nights,
+            next_id=self._next_memory,
+        )  # fmt: skip
+        self._next_memory += len(new)
+        self.graph = self.graph.with_memories(new)
+
+    def kept(self) -> Iterator[Dream]:
+        """Tonight's dreams that passed."""
+        return (dream for dream, verdict in self.table if verdict.passed)
