@@ -20,12 +20,16 @@ from cortex_core.config import (
     BUILTIN,
     BackboneConfig,
     DataConfig,
+    DreamConfig,
     EvaluationConfig,
     FastWeightsConfig,
+    JudgeConfig,
     LifeConfig,
+    MemoryGraphConfig,
     OptimizerConfig,
     PositiveInt,
     ReplayConfig,
+    ScenarioConfig,
     Settings,
     SleepConfig,
     TasksConfig,
@@ -174,6 +178,12 @@ class RunConfig(Settings):
     """How what was told moves into slow weights."""
     replay: ReplayConfig = ReplayConfig()
     """What is kept of earlier days for sleep."""
+    memory_graph: MemoryGraphConfig = MemoryGraphConfig()
+    """How what was written is linked, to be dreamed of: `cortex dream`, and `sleep.dream_frac`."""
+    scenario: ScenarioConfig = ScenarioConfig()
+    """What dreams are like."""
+    judge: JudgeConfig = JudgeConfig()
+    """Which dreams are learned from."""
     cluster: ClusterConfig = ClusterConfig()
     """Where the workers run."""
     sharding: ShardingConfig = ShardingConfig()
@@ -190,6 +200,11 @@ class RunConfig(Settings):
     def tracking_uri(self) -> str:
         """MLflow's store. Absolute, because Ray's workers run in another folder."""
         return self.tracking.uri or f"sqlite:///{Path(self.out_dir).absolute() / DATABASE_FILE}"
+
+    @property
+    def dream(self) -> DreamConfig:
+        """Everything about dreams."""
+        return DreamConfig(graph=self.memory_graph, scenario=self.scenario, judge=self.judge, seed=self.seed)
 
     @property
     def world_sizes(self) -> tuple[int, ...]:

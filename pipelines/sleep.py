@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cortex_core.training.dreams import MEMORIES
 from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
 from pipelines.progress import print_where
 from pipelines.runs import locked
@@ -33,6 +35,7 @@ def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedR
     """Copy the sidecars with their slow weights into the run's folder, with what was asked; file it under the run."""
     folder = config.run_dir
     replace_folder(sidecars, folder / SIDECARS_FOLDER)
+    shutil.copy(finished / MEMORIES, folder / MEMORIES)
     document = complete(config, json.loads((finished / EVALUATION).read_text()))
     written = write(document, folder)
     tracked.log_metrics(headline(document), step=len(document["days"]))

@@ -51,7 +51,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    sleeper = new_sleeper(model, encode, corpus, config.sleep, config.replay, after_backward=shards.release)
+    sleeper = new_sleeper(model, encode, corpus, config.sleep, config.replay, config.dream, shards.release)
     life = Life(sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
     history = History(life)
     with edge.resume_from() as folder:

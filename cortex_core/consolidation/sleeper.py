@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +28,7 @@ Encode = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens."""
 
 
+@runtime_checkable
 class DreamSource(Protocol):
     """Where lessons come from that nobody kept."""
 
@@ -41,6 +42,14 @@ class DreamSource(Protocol):
 
     def remember(self, session: Session, day: Sequence[int], began: int) -> None:
         """What this day has written: its tokens, the first at position `began`."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write what is remembered."""
+        ...
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from `save`."""
         ...
 
 
@@ -115,7 +124,7 @@ class Sleeper:
         """Move what the closed segments of the day have left into slow weights, and wipe the fast ones."""
         tonight = self.lessons()
         metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
-        if self.dreams is not None:
+        if self.dreams is not None and self.config.dream_frac:
             metrics |= self.dreams.dream()
         kept = True
         if len(tonight):
@@ -166,6 +175,8 @@ class Sleeper:
         folder.mkdir(parents=True, exist_ok=True)
         self.session.save(folder / SESSION)
         self.buffer.save(folder / REPLAY)
+        if self.dreams is not None:
+            self.dreams.save(folder)
         notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
         files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
 
@@ -184,6 +195,8 @@ class Sleeper:
                 "these sidecars give. Go on with the settings and sidecars that it was saved with"
             )
         day, counters = _counters(folder / SLOW, notes)
+        if self.dreams is not None:
+            self.dreams.load(folder)
         for name, value in values.items():
             value.data.copy_(found[name])
         self.session, self.buffer, self._day = session, buffer, day

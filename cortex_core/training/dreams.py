@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from cortex_core import files
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
 from cortex_core.backbone.session import Session
@@ -17,6 +20,11 @@ from cortex_core.dreaming.graph import MemoryGraph
 from cortex_core.dreaming.judge import Verdict, judge
 from cortex_core.dreaming.memories import written
 from cortex_core.dreaming.ngrams import NgramSet
+from cortex_core.errors import DataError
+
+SCHEMA = "cortex-dreams/1"
+MEMORIES, DREAMED = "memories.safetensors", "dreamed.safetensors"
+_COUNTERS = ("_next_ticket", "_next_memory", "_num_nights", "_num_draws")
 
 
 class Dreams:
@@ -71,6 +79,28 @@ class Dreams:
         )  # fmt: skip
         self._next_memory += len(new)
         self.graph = self.graph.with_memories(new)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the memories and what was dreamed before into a folder; not tonight's dreams, which a night makes."""
+        folder = Path(folder)
+        self.graph.save(folder / MEMORIES)
+        notes = {name: getattr(self, name) for name in _COUNTERS}
+        files.write(folder / DREAMED, SCHEMA, {"earlier": torch.from_numpy(self._earlier.bits)}, notes)
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from `save`, under the same settings. Raises DataError."""
+        folder = Path(folder)
+        found, notes = files.read(folder / DREAMED, SCHEMA, "dreams")
+        bits = found.get("earlier", torch.zeros(0)).numpy()
+        counters = [notes.get(name) for name in _COUNTERS]
+        if bits.shape != self._earlier.bits.shape or bits.dtype != self._earlier.bits.dtype:
+            raise DataError(f"{folder / DREAMED}: was written under another judge.set_bits, or is damaged")
+        if any(type(counter) is not int or counter < 0 for counter in counters):
+            raise DataError(f"{folder / DREAMED}: its counters {counters} are damaged")
+        self.graph = MemoryGraph.load(folder / MEMORIES)
+        self._earlier = replace(self._earlier, bits=bits)
+        for name, counter in zip(_COUNTERS, counters, strict=True):
+            setattr(self, name, counter)
 
     def kept(self) -> Iterator[Dream]:
         """Tonight's dreams that passed."""

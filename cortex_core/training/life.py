@@ -98,7 +98,7 @@ def new_sleeper(
     dream: DreamConfig | None = None, after_backward: Callable[[], None] = lambda: None,
 ) -> Sleeper:  # fmt: skip
     """A reader of `model` whose nights are guarded on held-out text; `encode` and `after_backward` as of `Sleeper`. It
-    dreams as `dream` says if `sleep.dream_frac` asks for it.
+    remembers what was written, to dream of it as `dream` says; that is learned if `sleep.dream_frac` asks for it.
 
     Raises ConfigError for a memory that cannot sleep, DataError if there is too little text.
     """
@@ -106,5 +106,5 @@ def new_sleeper(
     tokens = min(GUARD_TOKENS, model.segment_tokens)
     windows = [filler.tokens((number, _GUARD_STREAM), tokens) for number in range(sleep.guard_windows)]
     guard = DriftGuard(torch.tensor(np.stack(windows)), sleep.max_drift_nats) if windows else None
-    dreams = Dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0])) if sleep.dream_frac else None
+    dreams = Dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0]))
     return Sleeper(model, sleep, replay, encode=encode, guard=guard, dreams=dreams, after_backward=after_backward)

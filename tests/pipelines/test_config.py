@@ -142,7 +142,7 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
         ("rank=8", "rank: unknown key at the top level; did you mean fast_weights.rank or optimizer.rank?"),
         ("training.rank=8", "training.rank: unknown key in section [training]; did you mean fast_weights.rank or optimizer.rank?"),
         ("sharding.zzz=8", "sharding.zzz: unknown key in section [sharding]; it has: stage, offload, deepspeed"),
-        ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size or sleep.batch_size?"),
+        ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size or sleep.batch_size or scenario.batch_size?"),
         ("sharding=3", "sharding = 3: is a section; set one of its keys: stage, offload, deepspeed"),
         ("seed.x=3", 'seed = {"x": 3}: expected an integer, at least 0, below 4294967296 (default 0)'),
         ("fast_weights.write_strength=2.5",
