@@ -86,10 +86,14 @@ def sweep(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Sweep:
     return Sweep(tmp_path)
 
 
-def saved(sweep: Sweep) -> bool:
-    """Whether Ray Tune has on record that a trial has finished: what it does not know yet may be done again."""
-    states = [file.read_text() for file in sweep.folder.glob("tune/experiment_state-*.json")]
-    return any("TERMINATED" in state for state in states)
+def ended(sweep: Sweep) -> set[str]:
+    """The trials of which Ray Tune has on record that they have ended: what it does not know yet may be said again."""
+    try:
+        (state,) = [json.loads(file.read_text()) for file in sweep.folder.glob("tune/experiment_state-*.json")]
+    except ValueError:  # there is none yet, or it is being written
+        return set()
+    trials = [json.loads(trial) for trial, _ in state["trial_data"]]
+    return {trial["trial_id"] for trial in trials if trial["status"] == "TERMINATED"}
 
 
 def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(sweep: Sweep) -> None:
@@ -97,10 +101,10 @@ def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(sweep: Sweep) -> No
     driver = sweep.start()
     going = lambda: {r["trial"] for r in sweep.results() if EVERY <= r["step"] < STEPS} - set(sweep.finished())  # noqa: E731
     try:
-        sweep.wait_until(lambda: bool(sweep.finished()) and bool(going()), driver)
-        sweep.wait_until(lambda: saved(sweep), driver)
+        sweep.wait_until(lambda: bool(ended(sweep) & set(sweep.finished())) and bool(going()), driver)
         children = psutil.Process(driver.pid).children(recursive=True)
-        before, known = sweep.finished(), len(sweep.results())
+        on_record, known = ended(sweep), len(sweep.results())
+        before = {name: when for name, when in sweep.finished().items() if name in on_record}
     finally:
         driver.kill()
     driver.communicate()
