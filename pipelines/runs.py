@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 from cortex_core.errors import ConfigError, DataError
 from cortex_core.training import checkpoint
-from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, dump_toml, load_config
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, load_config
+from pipelines.toml_text import dump_toml
 
 STATE_FILE, LOCK_FILE = "run.json", ".lock"
 LAST, BEFORE_LAST = "last", "before-last"

@@ -10,9 +10,10 @@ from cortex_core.errors import ConfigError
 def show(section: str | None, recipe: str | None, overrides: list[str]) -> int:
     """Print every setting, or what a recipe resolves to. Returns the exit code; raises ConfigError, DataError."""
     from cortex_core.training.pretrain_config import PretrainConfig
-    from pipelines.config import RunConfig, dump_toml
+    from pipelines.config import RunConfig
     from pipelines.explain import listing, nearest, sections
     from pipelines.resolve import find_recipe, resolve
+    from pipelines.toml_text import dump_toml
 
     if section and "=" in section:  # the optional SECTION took the first override
         section, overrides = None, [section, *overrides]

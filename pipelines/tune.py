@@ -18,7 +18,7 @@ from rich.console import Console
 from cortex_core.errors import ConfigError, DataError
 from pipelines import cluster, tracking
 from pipelines.actors import Gauges, on_head
-from pipelines.config import dump_toml, located
+from pipelines.config import located
 from pipelines.follow import Follower
 from pipelines.mailbox import Mailboxes
 from pipelines.progress import print_where
@@ -26,6 +26,7 @@ from pipelines.runs import locked
 from pipelines.search import search
 from pipelines.sweep_plan import SweepPlan
 from pipelines.sweep_table import best_of, print_sweep, sweep_result, write_sweep
+from pipelines.toml_text import dump_toml
 from pipelines.tracking import TrackedRun
 
 SWEEP_FILE, BEST_FILE = "sweep_run.json", "best.toml"

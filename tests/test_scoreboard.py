@@ -17,7 +17,8 @@ import torch
 from cortex_core.config import UpdateConfig
 from cortex_core.intervals import paired_difference, wilson
 from cortex_core.training.pretrain_config import DecoderConfig
-from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER
+from pipelines.toml_text import dump_toml
 from tests import tiny
 from tests.benchmarks import child, kills, optimizer_runs, pairs, rank_picture
 from tests.benchmarks.optimizer_runs import Losses

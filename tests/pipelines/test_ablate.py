@@ -21,9 +21,10 @@ from cortex_core.errors import ConfigError
 from cortex_core.eval.ablations import REFERENCE
 from cortex_core.intervals import paired_difference
 from pipelines import ablate, cli, cluster, evaluate, train
-from pipelines.config import SIDECARS_FOLDER, RunConfig, dump_toml, load_config
+from pipelines.config import SIDECARS_FOLDER, RunConfig, load_config
 from pipelines.runs import STATE_FILE
 from pipelines.runs import locked as folder_locked
+from pipelines.toml_text import dump_toml
 from pipelines.variants import Plan, plan
 from tests import tiny
 

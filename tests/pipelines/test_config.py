@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from cortex_core.config import TaskName
 from cortex_core.errors import ConfigError, DataError
-from pipelines.config import RunConfig, dump_toml, load_config, located
+from pipelines.config import RunConfig, load_config, located
 from pipelines.explain import knobs
 from pipelines.resolve import RECIPES, find_recipe
+from pipelines.toml_text import dump_toml
 
 TASKS = ", ".join(f'"{name}"' for name in get_args(TaskName))
 KNOBS = {knob.name: knob for knob in knobs(RunConfig)}

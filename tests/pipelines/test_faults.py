@@ -24,8 +24,9 @@ from ray.cluster_utils import Cluster
 from cortex_core.errors import DataError
 from cortex_core.training.checkpoint import TENSORS
 from pipelines import train
-from pipelines.config import ClusterConfig, RunConfig, dump_toml
+from pipelines.config import ClusterConfig, RunConfig
 from pipelines.runs import Run
+from pipelines.toml_text import dump_toml
 from pipelines.tracking import UNSENT_FILE
 from tests import tiny
 from tests.pipelines.test_train import (

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.config import RunConfig, dump_toml
+from pipelines.config import RunConfig
+from pipelines.toml_text import dump_toml
 from tests import tiny
 from tests.pipelines.test_train import happened, has_checkpoint, logged_once, state
 

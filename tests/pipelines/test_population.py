@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from cortex_core.eval.metric_names import LOSS, RECALL
 from cortex_core.training.checkpoint import COUNTERS, TENSORS
-from pipelines.config import RunConfig, dump_toml, load_config
+from pipelines.config import RunConfig, load_config
 from pipelines.population import Population, draw, mutation, seeded, within
 from pipelines.runs import LAST, open_run, read_run
 from pipelines.sweep_plan import trial_config
 from pipelines.sweep_record import RESULTS_FILE, exchanges, recorded
+from pipelines.toml_text import dump_toml
 from tests import tiny
 from tune_spaces.study import Choice, Real, Whole
 

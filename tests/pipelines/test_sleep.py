@@ -18,9 +18,10 @@ from cortex_core.backbone.sidecar_files import WEIGHTS, read
 from cortex_core.consolidation.sleeper import Sleeper, Slept
 from cortex_core.tasks.fact_book import FactBook
 from pipelines import cli
-from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, dump_toml, load_config
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
 from pipelines.runs import read_run
 from pipelines.sleep_report import DOCUMENT, PICTURE
+from pipelines.toml_text import dump_toml
 from tests.consolidation import sleepers
 
 SETTINGS = [

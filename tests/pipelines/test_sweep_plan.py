@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from cortex_core.errors import ConfigError, DataError
-from pipelines.config import RunConfig, dump_toml
+from pipelines.config import RunConfig
 from pipelines.explain import knobs
 from pipelines.sweep_plan import plan, read, trial_config
+from pipelines.toml_text import dump_toml
 from tests import tiny
 from tune_spaces.study import SHIPPED, Choice, Real, Whole, domain
 

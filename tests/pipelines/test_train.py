@@ -33,9 +33,10 @@ from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.errors import ConfigError, DataError
 from cortex_core.training.checkpoint import TENSORS
 from pipelines import cli, train
-from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, dump_toml, load_config
+from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, ClusterConfig, RunConfig, load_config
 from pipelines.events import EVENTS_FILE
 from pipelines.runs import LAST, LOCK_FILE, STATE_FILE
+from pipelines.toml_text import dump_toml
 from tests import tiny
 
 # mlflow, of pandas, while it logs a table.

@@ -18,7 +18,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.config import dump_toml, load_config
+from pipelines.config import load_config
+from pipelines.toml_text import dump_toml
 from tests import tiny
 
 pytestmark = pytest.mark.slow
