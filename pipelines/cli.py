@@ -13,13 +13,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
-from pipelines import ablate_options, bench_options, sleep_options, tune_options
-
-if TYPE_CHECKING:
-    from pipelines.config import RunConfig
+from pipelines import ablate_options, bench_options, dream_options, sleep_options, tune_options
 
 VERSION = "0.1.0"
 """As in pyproject.toml. Not from the installed package: a submitted job may have the sources alone."""
@@ -37,6 +34,7 @@ Examples:
   cortex train my.toml backbone.name=Qwen/Qwen3-0.6B data.path=notes/ fast_weights.rank=32
   cortex evaluate runs/demo evaluation.gaps_tokens=4096,65536
   cortex sleep runs/demo
+  cortex dream runs/demo-sleep
   cortex tune fast_weights --trials 16
   cortex ablate demo --variants fast_off,no_gate,source_rule training.steps=150
   cortex plan demo backbone.name=Qwen/Qwen3-30B-A3B --gpu h200 --gpus-per-node 4
@@ -89,6 +87,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _ablate(arguments[1:])
     if arguments[:1] == ["tune"]:
         return _tune(arguments[1:])
+    if arguments[:1] == ["dream"]:
+        return _dream(arguments[1:])
     if arguments[:1] == ["plan"]:
         from pipelines import plan_options
 
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
 
     # Only for the list: `_dispatch` hands these their arguments unparsed, for their options may stand anywhere.
+    command("dream", dream_options.USAGE, dream_options.DESCRIPTION)
     command("tune", tune_options.USAGE, "Search for better settings: train many short runs and compare them.")
     command("ablate", ablate_options.USAGE, "Train variants of a memory and compare them.")
     command("plan", "RECIPE [KEY=VALUE ...] [options]", "Say whether a run fits a cluster of GPUs, and how fast it is.")
@@ -243,7 +244,9 @@ def _intermixed(name: str, usage: str, description: str, epilog: str) -> Parser:
 
 
 def _evaluate(folder: Path, overrides: list[str]) -> int:
-    config = _trained(folder, overrides)
+    from pipelines.trained import settings_of
+
+    config = settings_of(folder, overrides)
     from pipelines import evaluate
 
     return evaluate.run(config, folder)
@@ -252,35 +255,30 @@ def _evaluate(folder: Path, overrides: list[str]) -> int:
 def _sleep(folder: Path, overrides: list[str]) -> int:
     from pipelines.config import SIDECARS_FOLDER
     from pipelines.preflight import check_out_dir
+    from pipelines.trained import settings_of
 
     named = any(override.startswith("name=") for override in overrides)
     name = () if named else (f"name={folder.resolve().name}-sleep",)
-    config = _trained(folder, [f"sidecars={folder / SIDECARS_FOLDER}", *name, *overrides])
+    config = settings_of(folder, [f"sidecars={folder / SIDECARS_FOLDER}", *name, *overrides])
     check_out_dir(config)
     from pipelines import sleep
 
     return sleep.run(config)
 
 
-def _trained(folder: Path, overrides: list[str]) -> RunConfig:
-    """The settings of a run whose training has finished, with overrides. Raises DataError, ConfigError."""
-    from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
-    from pipelines.preflight import check_against_backbone, check_against_machine, check_data, check_deepspeed
+def _dream(arguments: list[str]) -> int:
+    from pipelines.trained import settings_of
 
-    if not (folder / CONFIG_FILE).is_file():
-        state = f"has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
-        raise DataError(f"{folder}: {state}, so it is no run. Give the folder that cortex train wrote: out_dir/name")
-    config = load_config(folder / CONFIG_FILE, overrides)
-    if not (folder / SIDECARS_FOLDER).is_dir():
-        raise DataError(
-            f"{folder}: has no {SIDECARS_FOLDER} yet, so its training has not finished. "
-            f"Go on with it: cortex train {shlex.quote(str(folder / CONFIG_FILE))}"
-        )
-    check_against_machine(config)
-    check_deepspeed(config)
-    check_data(config)
-    check_against_backbone(config)
-    return config
+    parser = _intermixed("dream", dream_options.USAGE, dream_options.DESCRIPTION, dream_options.EPILOG)
+    dream_options.add(parser)
+    given = parser.parse_intermixed_args(arguments)
+    folder = Path(given.run_folder)
+    config = settings_of(folder, given.overrides)
+    if not (folder / "memories.safetensors").is_file():
+        raise DataError(f"{folder}: has no memories.safetensors, so it has not slept. First: cortex sleep {folder}")
+    from pipelines import dream
+
+    return dream.run(config, folder, given.number)
 
 
 def ui_command(folder: Path, port: int) -> list[str]:
