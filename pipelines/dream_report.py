@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ def draw(graph: MemoryGraph, walk: Sequence[int]) -> bytes:
     found = picture(graph, walk)
     at = {node.id: (node.x, node.y) for node in found.nodes}
     with matplotlib.rc_context(STYLE):
-        figure, grid = panel_grid(1, 1, panel_in=5.4, top_in=0.55, right_in=0.4, left_in=0.4)
+        figure, grid = panel_grid(1, 1, panel_in=5.4, top_in=0.55, right_in=0.75, left_in=0.3)
         axes = figure.add_subplot(grid[0, 0])
         weights = np.array([edge.similarity + edge.nearness + edge.together for edge in found.edges])
         widths = 0.3 + 1.2 * weights / weights.max(initial=1e-9)
@@ -42,7 +43,7 @@ def draw(graph: MemoryGraph, walk: Sequence[int]) -> bytes:
             LineCollection([(at[e.one], at[e.other]) for e in found.edges], colors=HAIRLINE, linewidths=widths)
         )
         days = axes.scatter(
-            [n.x for n in found.nodes], [n.y for n in found.nodes], c=[n.segment for n in found.nodes],
+            [n.x for n in found.nodes], [n.y for n in found.nodes], c=[n.segment + 1 for n in found.nodes],
             s=[8 + 40 * n.importance for n in found.nodes], cmap="viridis", edgecolors=PAPER, linewidths=0.5, zorder=2,
         )  # fmt: skip
         if found.walk:
@@ -51,6 +52,8 @@ def draw(graph: MemoryGraph, walk: Sequence[int]) -> bytes:
             axes.scatter(xs[:1], ys[:1], marker="s", s=60, facecolors="none", edgecolors=OFF, linewidths=1.8, zorder=4)
         axes.set_axis_off()
         bar = figure.colorbar(days, ax=axes, fraction=0.03, pad=0.02)
+        bar.locator = MaxNLocator(6, integer=True)
+        bar.update_ticks()
         bar.set_label("day on which it was read", color=MUTED)
         add_title(
             axes, f"{len(graph):,} memories", "links: alike, near in time, read together; one walk, from the square"
@@ -83,7 +86,7 @@ def print_summary(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     contamination = quality["contamination"]
     if contamination is not None:
         lines.add_row(
-            "Wrong among those kept, by these rates",
+            "Wrong among those kept",
             Text(percent(contamination, 1), style="bold"),
             Text("f(1 - p) / (f(1 - p) + (1 - m)p)", style="dim"),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.consolidation.sleep import slow_values
@@ -23,6 +24,7 @@ class DreamSource:
     def __init__(self, config: str, sidecars: str, memories: str) -> None:
         """`config`: of the run, as JSON; folders and files that every node sees."""
         self._config = RunConfig.model_validate_json(config)
+        logging.disable_progress_bar()
         torch.set_num_threads(self._config.cluster.worker_threads)
         settings = self._config.backbone.model_dump(exclude={"name"})
         self._model = Cortex.from_pretrained(self._config.backbone.name, Path(sidecars), **settings).eval()

@@ -24,7 +24,7 @@ from cortex_core.errors import DataError
 
 SCHEMA = "cortex-dreams/1"
 MEMORIES, DREAMED = "memories.safetensors", "dreamed.safetensors"
-_COUNTERS = ("_next_ticket", "_next_memory", "_num_nights", "_num_draws")
+_COUNTERS = ("_next_ticket", "_next_memory", "_num_days", "_num_nights", "_num_draws")
 
 
 class Dreams:
@@ -42,7 +42,7 @@ class Dreams:
         self._question, self._top = tuple(question), sleep.top_tokens
         self._per_night, self._min_write = sleep.dreams_per_night, sleep.min_write
         self._earlier = NgramSet.empty(config.judge.ngram_tokens, config.judge.set_bits)
-        self._next_ticket = self._next_memory = self._num_nights = self._num_draws = 0
+        self._next_ticket = self._next_memory = self._num_days = self._num_nights = self._num_draws = 0
         self._kept = Lessons.none(self._top)
 
     def dream(self) -> dict[str, float]:
@@ -74,10 +74,11 @@ class Dreams:
     def remember(self, session: Session, day: Sequence[int], began: int) -> None:
         """Take what a day has written into the graph: tokens of the day, the first at position `began`."""
         new = written(
-            session, day, began, self._question, min_write=self._min_write, segment=self._num_nights,
+            session, day, began, self._question, min_write=self._min_write, segment=self._num_days,
             next_id=self._next_memory,
         )  # fmt: skip
         self._next_memory += len(new)
+        self._num_days += 1
         self.graph = self.graph.with_memories(new)
 
     def save(self, folder: str | Path) -> None:

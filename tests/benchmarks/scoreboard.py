@@ -116,11 +116,25 @@ MEASUREMENTS = (
     Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
+    Measurement(sleep.dreams_for_lessons, sleep.DREAM_ROWS, "dreams"),
     Measurement(optim.perplexity, optim.PERPLEXITY_ROWS, "optim", needs_run=False),
     Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "sweep", "kills", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim")
+OPT_IN = (
+    "wallclock",
+    "sweep",
+    "kills",
+    "million",
+    "seeds",
+    "ranks",
+    "tasks",
+    "worlds",
+    "text",
+    "gpu",
+    "optim",
+    "dreams",
+)
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 

@@ -69,3 +69,12 @@ def ray_here() -> Iterator[ClusterConfig]:
     config = ClusterConfig(num_workers=2, cpus_per_worker=0.5)
     with connect(config):
         yield config
+
+
+@pytest.fixture
+def trained(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Path:
+    """The folder of a run that has trained the memory that ships."""
+    from tests.pipelines.sleep_scenes import trained_run
+
+    mlflow_database(tmp_path)
+    return trained_run(tmp_path)

@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cortex_core.backbone.load import in_assets
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
-from cortex_core.backbone.sidecar_files import WEIGHTS, read
+from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.consolidation.sleeper import Sleeper, Slept
 from cortex_core.tasks.fact_book import FactBook
 from pipelines import cli
-from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, load_config
+from pipelines.config import SIDECARS_FOLDER
 from pipelines.runs import read_run
 from pipelines.sleep_report import DOCUMENT, PICTURE
-from pipelines.toml_text import dump_toml
 from tests.consolidation import sleepers
-
-SETTINGS = [
-    f"life.num_facts={sleepers.FACTS}", f"life.facts_per_day={sleepers.PER_DAY}", "life.checkpoint_every_days=1",
-    "life.lead_tokens=0,20", f"sleep.every_tokens={sleepers.DAY}", "sleep.slots=512", "sleep.guard_windows=2",
-    "evaluation.perplexity_tokens=2048", "tracking.system_metrics=false",
-]  # fmt: skip
-ALONE = ["cluster.num_workers=0", "sharding.stage=0"]
-
-
-@pytest.fixture
-def trained(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Path:
-    """The folder of a run that has trained the memory that ships."""
-    mlflow_database(tmp_path)
-    folder, shipped = tmp_path / "trained", in_assets(f"{sleepers.NAME}/sidecars")
-    config = load_config(overrides={
-        "name": "trained", "out_dir": str(tmp_path), "data.max_bytes": 400_000,
-        "backbone": {"name": sleepers.NAME, "dtype": "float32"},
-        "fast_weights": read(shipped).fast_weights.model_dump(),
-    })  # fmt: skip
-    folder.mkdir()
-    (folder / CONFIG_FILE).write_text(dump_toml(config))
-    shutil.copytree(shipped, folder / SIDECARS_FOLDER)
-    return folder
+from tests.pipelines.sleep_scenes import ALONE, SETTINGS
 
 
 def slow(folder: Path) -> dict[str, torch.Tensor]:
