@@ -34,6 +34,7 @@ from tests.benchmarks.rows import (
     safety,
     seeds,
     sharding,
+    sleep,
     sweep,
     tasks,
     text,
@@ -151,6 +152,7 @@ def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
         *sweep.KILLED_ROWS,
         sweep.OVERHEAD_ROW,
         *kills.ROWS,
+        *sleep.DREAM_ROWS,
     }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {
