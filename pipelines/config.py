@@ -154,7 +154,8 @@ class RunConfig(Settings):
     out_dir: Annotated[str, Field(min_length=1)] = "runs"
     """Folder for everything that runs write; relative to where the command is started."""
     sidecars: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of trained sidecars that the run begins with, of the same `fast_weights`; null begins with new ones."""
+    """Folder of trained sidecars, of the same `fast_weights`, that `cortex sleep` begins with: it sets this to those of
+    the run it is given. Training begins with new ones."""
     backbone: BackboneConfig = BackboneConfig()
     """The frozen language model."""
     fast_weights: FastWeightsConfig = FastWeightsConfig()
