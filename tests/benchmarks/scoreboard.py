@@ -28,6 +28,7 @@ from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
     associative_recall,
+    continual,
     cost,
     far,
     gpu,
@@ -113,11 +114,12 @@ MEASUREMENTS = (
     Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
+    Measurement(continual.tasks_one_after_the_other, continual.ROWS, "continual", needs_run=False),
     Measurement(optim.perplexity, optim.PERPLEXITY_ROWS, "optim", needs_run=False),
     Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
 )
-OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim")
+OPT_IN = ("wallclock", "sweep", "million", "seeds", "ranks", "tasks", "worlds", "text", "gpu", "optim", "continual")
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
 
