@@ -102,7 +102,7 @@ def document(method: str, seed: int, acc: float = 0.96, lost: float = 0.01, scal
     """Two tasks: the first falls by `lost`, to `acc` as the second one is."""
     after = [[acc, acc]] if method == "joint" else [[acc + lost, 0.0], [acc, acc]]
     return {
-        "schema": continual_runs.SCHEMA, "method": method, "seed": seed, "scale": vars(scale), "before": [0.0, 0.0],
+        "schema": continual_runs.SCHEMA, "method": method, "seed": seed, "scale": vars(scale), "rates": vars(Rates()), "before": [0.0, 0.0],
         "after": after, "text_nats": [0.001, 0.003],
     }  # fmt: skip
 
@@ -129,7 +129,9 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, subject: Subject, monkeypa
     found = results(*asked)
     assert [(d["method"], d["seed"]) for d in found] == [("sleep", 0), ("joint", 0), ("sleep", 1), ("joint", 1)]
     assert [d["after"][-1][0] for d in found] == [0.96, 0.96, 0.96, 0.5], "only the last one was missing"
-    with pytest.raises(DataError, match=r"sleep-0\.json was measured at another scale: name another folder"):
+    with pytest.raises(
+        DataError, match=r"sleep-0\.json was measured at another scale or with other rates: name another folder"
+    ):
         results(tmp_path / "new", Scale(), ("sleep",), (0,))
     (tmp_path / "new/sleep-0.json").write_text('{"sch')
     with pytest.raises(DataError, match="is damaged: remove it"):
