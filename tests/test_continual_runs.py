@@ -102,7 +102,7 @@ def document(method: str, seed: int, acc: float = 0.96, lost: float = 0.01, scal
     """Two tasks: the first falls by `lost`, to `acc` as the second one is."""
     after = [[acc, acc]] if method == "joint" else [[acc + lost, 0.0], [acc, acc]]
     return {
-        "schema": continual_runs.SCHEMA, "method": method, "seed": seed, "scale": vars(scale), "rates": vars(Rates()), "before": [0.0, 0.0],
+        "schema": continual_runs.SCHEMA, "method": method, "seed": seed, "scale": vars(scale), "rates": Rates().of(method), "before": [0.0, 0.0],
         "after": after, "text_nats": [0.001, 0.003],
     }  # fmt: skip
 
