@@ -24,6 +24,7 @@ from tests.benchmarks import child, kills, optimizer_runs, pairs, rank_picture
 from tests.benchmarks.optimizer_runs import Losses
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
+    continual,
     cost,
     far,
     gpu,
@@ -143,7 +144,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
-    slow = (wallclock, far, seeds, ranks, tasks, worlds, optim)
+    slow = (wallclock, far, seeds, ranks, tasks, worlds, optim, continual)
     opt_in = {
         *(name for rows in slow for name in rows.ROWS),
         *gpu.KERNEL_ROWS,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from cortex_core import files
 from cortex_core.backbone.model import Cortex
@@ -128,11 +129,8 @@ class Sleeper:
             metrics |= self.dreams.dream()
         kept = True
         if len(tonight):
-            night = sleep.consolidate(
-                self.model, tonight, self._replayed, self.config, after_backward=self._after_backward
-            )
-            metrics |= night.metrics
-            kept = self._merge(night, metrics)
+            learned, kept = self.learn(tonight)
+            metrics |= learned
             if kept and self.config.dream_frac < 1:
                 self._keep(tonight)
         if self.dreams is not None:
@@ -142,6 +140,13 @@ class Sleeper:
         self.num_undone += not kept
         self._wake()
         return Slept(metrics | {"sleep/undone": float(not kept)}, kept)
+
+    def learn(self, tonight: Lessons, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
+        """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
+        readers that learn in another way."""
+        night = sleep.consolidate(self.model, tonight, self._replayed, self.config, penalty, self._after_backward)
+        metrics = dict(night.metrics)
+        return Slept(metrics, self._merge(night, metrics))
 
     def lessons(self) -> Lessons:
         """What there is to learn tonight, most of it first."""

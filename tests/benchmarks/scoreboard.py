@@ -29,6 +29,7 @@ from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
     associative_recall,
+    continual,
     cost,
     far,
     gpu,
@@ -117,6 +118,7 @@ MEASUREMENTS = (
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
     Measurement(sleep.dreams_for_lessons, sleep.DREAM_ROWS, "dreams"),
+    Measurement(continual.tasks_one_after_the_other, continual.ROWS, "continual", needs_run=False),
     Measurement(optim.perplexity, optim.PERPLEXITY_ROWS, "optim", needs_run=False),
     Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
@@ -134,6 +136,7 @@ OPT_IN = (
     "gpu",
     "optim",
     "dreams",
+    "continual",
 )
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
