@@ -9,7 +9,7 @@ nothing to learn.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.backbone.session import Session
+from cortex_core.errors import DataError
 
 _NEVER_NATS = -30.0
 """Log-probability of what is not said."""
@@ -81,6 +82,23 @@ class Lessons(NamedTuple):
             Taught(*(part[chosen] for part in self.taught)),
             self.gain_nats[chosen],
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        named = {**self.prompts._asdict(), **self.taught._asdict(), "gain_nats": self.gain_nats}
+        return {name: value.contiguous() for name, value in named.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Lessons:
+        """What `tensors` gave. Raises DataError for anything else."""
+        expected = {*Prompts._fields, *Taught._fields, "gain_nats"}
+        if {*tensors} != expected or len({len(value) for value in tensors.values()}) > 1:
+            raise DataError(
+                f"lessons: must be {', '.join(sorted(expected))}, as many of each; got "
+                f"{', '.join(f'{name} {list(value.shape)}' for name, value in sorted(tensors.items()))}; damaged"
+            )
+        prompts, taught = ([tensors[name] for name in kind._fields] for kind in (Prompts, Taught))
+        return cls(Prompts(*prompts), Taught(*taught), tensors["gain_nats"])
 
     @classmethod
     def joined(cls, parts: Iterable[Lessons]) -> Lessons:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,10 +13,40 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import answers
 from cortex_core.config import SleepConfig
 from cortex_core.consolidation.lessons import Lessons
+from cortex_core.errors import DataError
 from cortex_core.optim.row_momentum import RowMomentum
 
 SlowValues = Mapping[str, Tensor]
 """The slow weights of all memories, by name; what sleep changes, and nothing else."""
+
+
+class Evening(NamedTuple):
+    """All that a night needs but the model: it can be slept elsewhere, later, and again."""
+
+    tonight: Lessons
+    """What the day has to teach; not empty."""
+    replayed: Sequence[Lessons]
+    """Old lessons for each step of the night; some or all may be empty."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, on the CPU, as a file or an actor takes it."""
+        parts = {"tonight": self.tonight} | {f"step{step:04d}": old for step, old in enumerate(self.replayed)}
+        named = {
+            f"{part}.{name}": value for part, lessons in parts.items() for name, value in lessons.tensors().items()
+        }
+        return {name: value.detach().cpu() for name, value in named.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> Evening:
+        """What `tensors` gave, to be learned on `device`. Raises DataError for anything else."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, field = name.partition(".")
+            parts.setdefault(part, {})[field] = value.to(device)
+        if "tonight" not in parts:
+            raise DataError("lessons of a night: there are none of tonight; what they were read from is damaged")
+        tonight = Lessons.from_tensors(parts.pop("tonight"))
+        return cls(tonight, [Lessons.from_tensors(parts[part]) for part in sorted(parts)])
 
 
 class Night(NamedTuple):
@@ -45,13 +75,12 @@ def add(model: Cortex, delta: Mapping[str, Tensor]) -> None:
 
 def consolidate(
     model: Cortex,
-    tonight: Lessons,
-    replay: Callable[[int], Lessons | None],
+    evening: Evening,
     config: SleepConfig,
     penalty: Callable[[SlowValues], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
 ) -> Night:
-    """Teach the slow weights `tonight`, among old lessons that `replay(at most so many)` draws for every step.
+    """Teach the slow weights tonight's lessons among old ones, in a step for each draw of these.
 
     Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
     says, by gradient descent on the slow weights alone (`RowMomentum`). `penalty` is added to it: an elastic one keeps
@@ -62,12 +91,11 @@ def consolidate(
     losses: list[float] = []
     with trained(values):
         optimizer = RowMomentum(values.values(), config.learning_rate)
-        for _ in range(config.steps):
+        for old in evening.replayed:
             optimizer.zero_grad(set_to_none=True)
-            loss = distillation_loss(model, tonight, config.batch_size)
+            loss = distillation_loss(model, evening.tonight, config.batch_size)
             losses.append(loss.item())
-            old = replay(config.replayed)
-            if old is not None and len(old):
+            if len(old):
                 loss = loss + config.replay_weight * distillation_loss(model, old, config.batch_size)
             if penalty is not None:
                 loss = loss + penalty(values)

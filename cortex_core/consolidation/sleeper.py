@@ -123,30 +123,43 @@ class Sleeper:
 
     def sleep(self) -> Slept:
         """Move what the closed segments of the day have left into slow weights, and wipe the fast ones."""
+        evening, metrics = self.evening()
+        kept = True
+        if len(evening.tonight):
+            learned, kept = self.learn(evening)
+            metrics |= learned
+        self.morning(evening, kept)
+        return Slept(metrics | {"sleep/undone": float(not kept)}, kept)
+
+    def evening(self) -> tuple[sleep.Evening, dict[str, float]]:
+        """End the day: what there is to learn from it, among what; then its fast weights are wiped. Also metrics."""
         tonight = self.lessons()
         metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
         if self.dreams is not None and self.config.dream_frac:
             metrics |= self.dreams.dream()
-        kept = True
-        if len(tonight):
-            learned, kept = self.learn(tonight)
-            metrics |= learned
-            if kept and self.config.dream_frac < 1:
-                self._keep(tonight)
+        steps = self.config.steps if len(tonight) else 0
+        replayed = [self._replayed(self.config.replayed) for _ in range(steps)]
         if self.dreams is not None:
             self.dreams.remember(self.session, self._day, self._began)
+        self.session.wipe()
+        position = int(self.session.start_tokens[0])
+        self._day, self._began = self._day[position - self._began :], position
+        return sleep.Evening(tonight, replayed), metrics
+
+    def learn(self, evening: sleep.Evening, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
+        """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
+        readers that learn in another way."""
+        night = sleep.consolidate(self.model, evening, self.config, penalty, self._after_backward)
+        metrics = dict(night.metrics)
+        return Slept(metrics, self._merge(night, metrics))
+
+    def morning(self, evening: sleep.Evening, kept: bool) -> None:
+        """What was learned is an old lesson from here on, if it was `kept`."""
+        if kept and self.config.dream_frac < 1:
+            self._keep(evening.tonight)
         self.buffer.sleep_passed()
         self.num_nights += 1
         self.num_undone += not kept
-        self._wake()
-        return Slept(metrics | {"sleep/undone": float(not kept)}, kept)
-
-    def learn(self, tonight: Lessons, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
-        """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
-        readers that learn in another way."""
-        night = sleep.consolidate(self.model, tonight, self._replayed, self.config, penalty, self._after_backward)
-        metrics = dict(night.metrics)
-        return Slept(metrics, self._merge(night, metrics))
 
     def lessons(self) -> Lessons:
         """What there is to learn tonight, most of it first."""
@@ -207,11 +220,6 @@ class Sleeper:
         self.session, self.buffer, self._day = session, buffer, day
         self.num_nights, self.num_undone, self._began = counters
 
-    def _wake(self) -> None:
-        self.session.wipe()
-        position = int(self.session.start_tokens[0])
-        self._day, self._began = self._day[position - self._began :], position
-
     def _keep(self, tonight: Lessons) -> None:
         for at in range(len(tonight)):
             gain = float(tonight.gain_nats[at])
@@ -221,13 +229,13 @@ class Sleeper:
             }
             self.buffer.add(tensors, importance=gain, surprise=gain)
 
-    def _replayed(self, most: int) -> Lessons | None:
+    def _replayed(self, most: int) -> Lessons:
         dreamed, parts = round(self.config.dream_frac * most), []
         if dreamed and self.dreams is not None:
             parts.append(self.dreams.draw(dreamed))
         if most > dreamed and len(self.buffer):
             parts.append(_from_items(self.buffer.draw(most - dreamed), self.model.backbone.device))
-        return Lessons.joined(parts) if parts else None
+        return Lessons.joined(parts) if parts else Lessons.none(self.config.top_tokens)
 
 
 def _counters(path: Path, notes: Mapping[str, Any]) -> tuple[list[int], list[int]]:

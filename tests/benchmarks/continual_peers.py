@@ -17,7 +17,7 @@ from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import FisherConfig, UnfreezeConfig
 from cortex_core.consolidation.fisher import FisherDiagonal
 from cortex_core.consolidation.lessons import Lessons, Taught
-from cortex_core.consolidation.sleep import SlowValues, distillation_loss, slow_values, trained
+from cortex_core.consolidation.sleep import Evening, SlowValues, distillation_loss, slow_values, trained
 from cortex_core.consolidation.sleeper import Sleeper, Slept
 from cortex_core.consolidation.unfreeze import unfreeze
 from cortex_core.optim.row_momentum import RowMomentum
@@ -36,9 +36,9 @@ class Elastic(Sleeper):
         self.fisher = FisherDiagonal.empty(slow_values(self.model))
         self._learned: list[Lessons] = []
 
-    def learn(self, tonight: Lessons, penalty: Any = None) -> Slept:
-        self._learned.append(tonight)
-        return super().learn(tonight, self._held if self.fisher.num_epochs else None)
+    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
+        self._learned.append(evening.tonight)
+        return super().learn(evening, self._held if self.fisher.num_epochs else None)
 
     def _held(self, values: SlowValues) -> Tensor:
         return self.fisher.penalty(values, self.fisher_config)
@@ -97,15 +97,15 @@ class LowRank(Sleeper):
         self.deltas = LowRankDeltas(self.model.backbone, names, unfreezing.rank, unfreezing.scale, unfreezing.seed)
         self.deltas.attach(self.model)
 
-    def learn(self, tonight: Lessons, penalty: Any = None) -> Slept:
-        learned = unfreeze(self.model, self.deltas, tonight, lambda most: None, {}, self.unfreezing)
+    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
+        learned = unfreeze(self.model, self.deltas, evening.tonight, lambda most: None, {}, self.unfreezing)
         return Slept(learned.metrics, kept=True)
 
 
 class Joint(Sleeper):
     """Joint training: nothing is learned until all tasks have been told, then all of their lessons together."""
 
-    def learn(self, tonight: Lessons, penalty: Any = None) -> Slept:
+    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
         return Slept({}, kept=True)  # the buffer keeps tonight's lessons
 
     def learn_all(self, steps: int, batch_size: int) -> None:
@@ -116,7 +116,6 @@ class Joint(Sleeper):
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = self.config.learning_rate * (1 - step / steps)
                 drawn = self._replayed(batch_size)
-                assert drawn is not None
                 optimizer.zero_grad(set_to_none=True)
                 distillation_loss(self.model, drawn, batch_size).backward()
                 optimizer.step()

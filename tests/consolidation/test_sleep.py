@@ -14,7 +14,7 @@ from cortex_core.backbone.prompts import Prompts
 from cortex_core.consolidation import sleep
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.lessons import Lessons, lessons
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, DataError
 from tests.consolidation import sleepers
 from tests.consolidation.sleepers import QUICK, right
 
@@ -39,14 +39,15 @@ def learned() -> tuple[Cortex, Lessons]:
     return model, lessons(model, session, questions, QUICK.top_tokens, QUICK.batch_size)
 
 
-def nothing(_: int) -> None:
-    return None
+def alone(tonight: Lessons, steps: int = QUICK.steps) -> sleep.Evening:
+    """Without old lessons."""
+    return sleep.Evening(tonight, [Lessons.none(QUICK.top_tokens)] * steps)
 
 
 def test_a_night_gives_a_delta_and_leaves_the_model_as_it_was(learned: tuple[Cortex, Lessons]) -> None:
     model, tonight = learned
     before = digest(model, slow=True)
-    night = sleep.consolidate(model, tonight, nothing, QUICK)
+    night = sleep.consolidate(model, alone(tonight), QUICK)
     assert digest(model, slow=True) == before and not any(p.requires_grad for p in sleep.slow_values(model).values())
     assert night.metrics["sleep/loss_last_nats"] < 0.3 * night.metrics["sleep/loss_first_nats"]
     assert right(model, slice(sleepers.PER_DAY)) == 0
@@ -60,8 +61,7 @@ def test_a_night_gives_a_delta_and_leaves_the_model_as_it_was(learned: tuple[Cor
 def test_the_same_night_gives_the_same_delta_whatever_fits_side_by_side(learned: tuple[Cortex, Lessons]) -> None:
     model, tonight = learned
     nights = [
-        sleep.consolidate(model, tonight, nothing, QUICK.model_copy(update={"batch_size": size}))
-        for size in (64, 64, 3)
+        sleep.consolidate(model, alone(tonight), QUICK.model_copy(update={"batch_size": size})) for size in (64, 64, 3)
     ]
     for name, delta in nights[0].delta.items():
         assert torch.equal(delta, nights[1].delta[name])
@@ -70,25 +70,52 @@ def test_the_same_night_gives_the_same_delta_whatever_fits_side_by_side(learned:
 
 def test_a_penalty_holds_the_slow_weights(learned: tuple[Cortex, Lessons]) -> None:
     model, tonight = learned
-    free = sleep.consolidate(model, tonight, nothing, QUICK)
+    free = sleep.consolidate(model, alone(tonight), QUICK)
 
     def penalty(values: sleep.SlowValues) -> torch.Tensor:
         return 10.0 * torch.stack([value.square().sum() for value in values.values()]).sum()
 
-    held = sleep.consolidate(model, tonight, nothing, QUICK, penalty)
+    held = sleep.consolidate(model, alone(tonight), QUICK, penalty)
     assert held.metrics["sleep/delta_norm"] < 0.5 * free.metrics["sleep/delta_norm"]
 
 
-def test_replay_is_drawn_anew_for_every_step(learned: tuple[Cortex, Lessons]) -> None:
+def test_every_step_has_its_own_old_lessons(learned: tuple[Cortex, Lessons]) -> None:
     model, tonight = learned
-    asked: list[int] = []
+    first, second = tonight.at(torch.tensor([0, 1])), tonight.at(torch.tensor([2]))
+    deltas = [
+        sleep.consolidate(model, sleep.Evening(second, old), QUICK).delta
+        for old in ([first, second], [second, first], [first, second], [first])
+    ]
+    one, other, same, shorter = (torch.cat([d.flatten() for d in delta.values()]) for delta in deltas)
+    assert torch.equal(one, same) and not torch.equal(one, other) and not torch.equal(one, shorter)
 
-    def replay(most: int) -> Lessons:
-        asked.append(most)
-        return tonight.at(torch.tensor([len(asked) % len(tonight)]))
 
-    sleep.consolidate(model, tonight, replay, QUICK.model_copy(update={"steps": 3, "replayed": 7}))
-    assert asked == [7, 7, 7]
+def test_replay_is_drawn_anew_for_every_step() -> None:
+    reader, tokens, dawn = (
+        sleepers.sleeper(steps=3, replayed=2, every_tokens=10_000),
+        sleepers.stream(2),
+        sleepers.DAY + 1,
+    )
+    reader.read(tokens[:dawn])
+    reader.sleep()
+    reader.read(tokens[dawn:])
+    evening, metrics = reader.evening()
+    assert [len(old) for old in evening.replayed] == [2, 2, 2] and metrics["sleep/buffer_items"] == len(reader.buffer)
+    assert len({str(old.prompts.input_ids.tolist()) for old in evening.replayed}) > 1
+
+
+def test_an_evening_can_be_slept_elsewhere(learned: tuple[Cortex, Lessons]) -> None:
+    model, tonight = learned
+    evening = sleep.Evening(tonight, [tonight.at(torch.tensor([0, 2])), Lessons.none(QUICK.top_tokens)])
+    found = sleep.Evening.from_tensors(evening.tensors(), torch.device("cpu"))
+    mine, theirs = (sleep.consolidate(model, each, QUICK).delta for each in (evening, found))
+    assert all(torch.equal(delta, theirs[name]) for name, delta in mine.items())
+    damaged = evening.tensors()
+    del damaged["step0000.top_ids"]
+    with pytest.raises(DataError, match="lessons: must be"):
+        sleep.Evening.from_tensors(damaged, torch.device("cpu"))
+    with pytest.raises(DataError, match="none of tonight"):
+        sleep.Evening.from_tensors({}, torch.device("cpu"))
 
 
 def test_the_guard_measures_from_the_bare_model() -> None:

@@ -62,7 +62,7 @@ def test_half_of_the_replay_may_be_dreamed() -> None:
     life = lived(dream_frac=0.5, steps=2)
     assert len(life.sleeper.buffer) > 0 and life.sleeper.dreams is not None
     drawn = life.sleeper._replayed(10)
-    assert drawn is not None and int((drawn.gain_nats == 0).sum()) == 5, "real lessons have a gain, dreams have none"
+    assert int((drawn.gain_nats == 0).sum()) == 5, "real lessons have a gain, dreams have none"
 
 
 def test_dreams_have_to_be_given() -> None:
