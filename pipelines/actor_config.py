@@ -36,7 +36,7 @@ class PoolConfig(CrewConfig):
 
     num_generators: PositiveInt = 2
     """Actors that generate side by side."""
-    queue_items: PositiveInt = 64
+    queue_items: PositiveInt = 256
     """Samples at most that wait for training or are being generated: with as many, generators pause. Where they are
     quicker than training, fewer makes the samples fresher."""
     max_staleness: Annotated[int, Field(ge=0)] = 4
@@ -59,6 +59,8 @@ class PoolConfig(CrewConfig):
 class NightsConfig(CrewConfig):
     """The actor that sleeps while training goes on."""
 
+    synchronous: bool = False
+    """Training waits for every night. It is then what it would be without an actor, and the same each time."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """Versions of the slow weights that a night may lie behind when it is merged: how often they were changed since it
     was handed in. 0 merges only what was learned from the weights as they are."""

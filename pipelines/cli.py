@@ -193,8 +193,9 @@ def _bench(given: argparse.Namespace) -> int:
 def _train(recipe: str, overrides: list[str]) -> int:
     from pipelines.config import load_config
     from pipelines.preflight import check
+    from pipelines.trained import with_its_memory
 
-    config = load_config(recipe, overrides)
+    config = with_its_memory(load_config(recipe, overrides))
     check(config)
     from pipelines import train
 

@@ -73,7 +73,7 @@ def dreamed(config: RunConfig, folder: Path, number: int) -> Iterator[list[Dream
     It does not matter by how many: a ticket's dream is the same.
     """
     at_once = config.scenario.batch_size
-    make = source(config, folder / SIDECARS_FOLDER, folder / MEMORIES)
+    make = source(config.model_copy(update={"sidecars": str(folder / SIDECARS_FOLDER)}), folder / MEMORIES)
     parts = [min(at_once, number - first) for first in range(0, number, at_once)]
     workers = config.cluster.num_workers
     with cluster.connect(config.cluster):
@@ -89,7 +89,7 @@ def dreamed(config: RunConfig, folder: Path, number: int) -> Iterator[list[Dream
             num_gpus=float(config.cluster.use_gpu),
         )  # fmt: skip
         with open_pool(make, settings) as pool:
-            pool.publish(0, {})
+            pool.publish(0, ({}, None))
             for size in parts:
                 yield [sample.value for sample in pool.take(size, TIMEOUT_S)]
 

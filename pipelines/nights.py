@@ -124,11 +124,15 @@ class Nights:
             self._wait_s = self._clock() - start
         return night
 
-    def merge(self, night: Night, weights: Weights, version: int, agrees: Callable[[], bool] = lambda: True) -> Verdict:
+    def merge(
+        self, night: Night, weights: Weights, version: int, agrees: Callable[[], bool] = lambda: True,
+        snapshot: Callable[[], Weights] | None = None,
+    ) -> Verdict:  # fmt: skip
         """Add what a night has learned to the slow weights `weights` of this version, in place.
 
         Not if they have changed too often since, or if `agrees`, asked when it has been added, does not: then they are
-        bit for bit what they were, and the lessons are handed in again with the weights as they are now.
+        bit for bit what they were, and the lessons are handed in again with the weights as they are now: with
+        `weights`, or, where nights begin with more than those, with what `snapshot` gives.
         """
         if self._slept.get(night.number) is not night:
             raise ValueError(f"night {night.number}: is settled already, or was never slept; merge what poll returns")
@@ -148,7 +152,7 @@ class Nights:
             self._counts["given_up"] += bool(reason)
             return Verdict(not reason, reason, given_up=bool(reason))
         self._works[night.number] = work._replace(
-            tries=work.tries + 1, version=version, snapshot=_copy(weights, to_cpu=True)
+            tries=work.tries + 1, version=version, snapshot=_copy(snapshot() if snapshot else weights, to_cpu=True)
         )
         self._tend()
         return Verdict(False, reason)

@@ -82,12 +82,28 @@ def check_against_machine(config: RunConfig) -> None:
             f"{cluster.cpus_per_worker:g}: must be at most {cpus}, the CPUs of this machine. Set "
             f"{remedy}, or cluster.address=auto for a cluster"
         )
+    _check_room_for_actors(config, cpus, needed)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if cluster.use_gpu and workers > gpus and not Path("/dev/dxg").exists():  # WSL has this one
         remedy = f"Set {name}={gpus}" if gpus else "Set cluster.use_gpu=false"
         raise ConfigError(
             f"{name} = {workers} with cluster.use_gpu = true: must be at most "
             f"{gpus}, the NVIDIA GPUs of this machine. {remedy}, or cluster.address=auto for a cluster"
+        )
+
+
+def _check_room_for_actors(config: RunConfig, cpus: int, workers_cpus: float) -> None:
+    """Beside the workers. An actor that cannot be placed would be waited for in vain."""
+    if not config.life.beside_training:
+        return
+    dreamers = config.dream_actors.num_generators if config.dreams_beside_training else 0
+    actors = config.sleep_actor.num_cpus + dreamers * config.dream_actors.num_cpus
+    if workers_cpus + actors > cpus:
+        raise ConfigError(
+            f"life.beside_training = true: the workers reserve {workers_cpus:g} CPUs and the actors {actors:g} "
+            f"(sleep_actor.num_cpus + {dreamers} x dream_actors.num_cpus): must be at most {cpus} together, the CPUs "
+            "of this machine. Lower cluster.cpus_per_worker, sleep_actor.num_cpus or dream_actors.num_cpus: they are "
+            "reservations, CPUs can be shared"
         )
 
 

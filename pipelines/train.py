@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from cortex_core.training.checkpoint import step_of
-from pipelines import cluster, tracking
-from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
+from pipelines import cluster, sleep_report, tracking
+from pipelines.config import EVALUATION, LIFE, MEMORIES, SIDECARS_FOLDER, RunConfig, located
 from pipelines.disk import room_for
 from pipelines.events import EventCallback, EventLog
 from pipelines.launch import Job, launch
@@ -39,6 +39,9 @@ def run(config: RunConfig) -> int:
         document, tracked = work(config, console)
         print_summary(document, console)
         places = {"Report": "report.html", "Picture": "reach.png", "Sidecars": SIDECARS_FOLDER}
+        if config.life.beside_training:
+            sleep_report.print_summary(json.loads((config.run_dir / sleep_report.DOCUMENT).read_text()), console)
+            places |= {"Life": sleep_report.PICTURE}
         print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 
@@ -110,6 +113,20 @@ def publish_evaluation(config: RunConfig, finished: Path, sidecars: Path, tracke
     tracked.log_metrics(headline(document), step=config.training.steps)
     tracked.log_table(document["rows"], "evaluation_rows.json")
     tracked.log_artifacts([*written.values(), folder / SIDECARS_FOLDER])
+    if config.life.beside_training:
+        publish_life(config, finished, tracked)
+    return document
+
+
+def publish_life(config: RunConfig, finished: Path, tracked: TrackedRun) -> dict[str, Any]:
+    """What a life has left: a picture and numbers in the run's folder, with the memories to dream of; and in MLflow."""
+    folder = config.run_dir
+    shutil.copy(finished / MEMORIES, folder / MEMORIES)
+    document = complete(config, json.loads((finished / LIFE).read_text()))
+    written = sleep_report.write(document, folder)
+    tracked.log_metrics(sleep_report.headline(document), step=config.training.steps)
+    tracked.log_table(document["rows"], "sleep_rows.json")
+    tracked.log_artifacts(written)
     return document
 
 

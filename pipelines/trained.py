@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
-from cortex_core.errors import DataError
+from cortex_core.config import ASSETS, BUILTIN, FastWeightsConfig
+from cortex_core.errors import ConfigError, DataError
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER, RunConfig, load_config
 from pipelines.preflight import check_against_backbone, check_against_machine, check_data, check_deepspeed
+
+
+def with_its_memory(config: RunConfig) -> RunConfig:
+    """A run that begins with `sidecars`, with the memory and the segments that those were trained with, unless it has
+    them already. Raises DataError, ConfigError."""
+    if config.sidecars is None:
+        return config
+    name = config.sidecars
+    folder = ASSETS / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name).expanduser()
+    try:
+        saved = json.loads((folder / "cortex.json").read_text())
+        memory = FastWeightsConfig.model_validate(saved["fast_weights"])
+        segment = int(saved["segment_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"sidecars = {config.sidecars}: no sidecars can be read there ({str(error).splitlines()[0]}). Give a "
+            "folder that cortex train or save_pretrained wrote, such as runs/demo/sidecars"
+        ) from error
+    given = config.fast_weights
+    if given not in (FastWeightsConfig(), memory):
+        wrong = next(n for n, value in memory.model_dump().items() if given.model_dump()[n] != value)
+        raise ConfigError(
+            f"fast_weights.{wrong} = {getattr(given, wrong)}: must be {getattr(memory, wrong)}, as sidecars = "
+            f"{config.sidecars} were trained with. Leave fast_weights out, or begin with other sidecars"
+        )
+    if config.backbone.segment_tokens != segment:
+        raise ConfigError(
+            f"backbone.segment_tokens = {config.backbone.segment_tokens}: must be {segment}, as sidecars = "
+            f"{config.sidecars} were trained with"
+        )
+    return config.model_copy(update={"fast_weights": memory})
 
 
 def settings_of(folder: Path, overrides: list[str]) -> RunConfig:

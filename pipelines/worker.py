@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from cortex_core.backbone.fingerprint import fingerprint
-from cortex_core.backbone.load import load_tokenizer
+from cortex_core.backbone.load import in_assets, load_tokenizer
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.sidecar_files import read, restore, write
-from cortex_core.errors import DataError
+from cortex_core.errors import DataError, IncompatibleError
 from cortex_core.eval.suite import Suite
 from cortex_core.eval.validation import Validation
 from cortex_core.tasks.corpus import Corpus, load_corpus
@@ -29,7 +29,8 @@ from cortex_core.training.batches import BatchSource
 from cortex_core.training.calibrate import calibrate
 from cortex_core.training.loop import Learner
 from cortex_core.training.objectives import ReadingLoss
-from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
+from pipelines import living
+from pipelines.config import EVALUATION, LIFE, SIDECARS_FOLDER, RunConfig
 from pipelines.disk import room_for
 from pipelines.sharding import Shards, load_backbone, replicate
 
@@ -53,6 +54,13 @@ class Edge:
         dist.all_gather_object(everyone, mine)
         return everyone
 
+    def from_first(self, mine: Any = None) -> Any:
+        """What the first worker gives, on every worker."""
+        box = [mine]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
 
 def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
     """Train sidecars from the last checkpoint (or from nothing), then evaluate them; both end up in checkpoints.
@@ -65,27 +73,36 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
     vocabulary, corpus = _words(config)
     model, shards = build(config)
     batches = _batches(config, vocabulary, corpus)
-    calibrate(model, batches.calibration_ids())
-    shards.release()
-    objective = replicate(ReadingLoss(model, config.training))
-    learner = Learner(
-        model, objective, config.training, config.optimizer, after_backward=shards.release, seed=config.seed
-    )
     backbone = fingerprint(model.backbone, shards.gathered)
-    with edge.resume_from() as folder:
-        if folder is not None:
-            checkpoint.load(folder, learner)
-    _check_same(edge.gather(learner.step_number))
-    validation = _validation(config, edge, vocabulary, corpus) if config.validation.every_steps else None
-    _train_steps(config, edge, learner, batches, backbone, validation, until_step or config.training.steps)
-    if learner.step_number < config.training.steps:
-        return
-    with learner.averaged():
-        document = _suite(config, edge, vocabulary, corpus).run(model)
-    document["backbone_parameters"] = shards.total_numel
-    with tempfile.TemporaryDirectory() as scratch:
-        saved = _save(Path(scratch), learner, config, backbone, document) if edge.rank == 0 else None
-        edge.report({"phase": 3.0, "step": learner.step_number}, saved)
+    if config.sidecars is None:
+        calibrate(model, batches.calibration_ids())
+    else:
+        begin_with(model, config, backbone)
+    shards.release()
+    with living.opened(config, edge, model, corpus, shards.release) as life:
+        objective = replicate(ReadingLoss(model, config.training))
+        learner = Learner(
+            model, objective, config.training, config.optimizer, after_backward=shards.release, seed=config.seed
+        )
+        with edge.resume_from() as folder:
+            if folder is not None:
+                checkpoint.load(folder, learner)
+                if life is not None:
+                    life.load(folder)
+        _check_same(edge.gather(learner.step_number))
+        state = Trained(config, learner, backbone, life)
+        validation = _validation(config, edge, vocabulary, corpus) if config.validation.every_steps else None
+        _train_steps(edge, state, batches, validation, until_step or config.training.steps)
+        if learner.step_number < config.training.steps:
+            return
+        with learner.averaged():
+            documents = {EVALUATION: _suite(config, edge, vocabulary, corpus).run(model)}
+            documents[EVALUATION]["backbone_parameters"] = shards.total_numel
+            if life is not None:
+                documents[LIFE] = life.finish()
+        with tempfile.TemporaryDirectory() as scratch:
+            saved = state.save(Path(scratch), documents) if edge.rank == 0 else None
+            edge.report({"phase": 3.0, "step": learner.step_number}, saved)
 
 
 def evaluate(config: RunConfig, edge: Edge, sidecars: Path) -> None:
@@ -124,16 +141,55 @@ def build(config: RunConfig) -> tuple[Cortex, Shards]:
     return model, shards
 
 
+def begin_with(model: Cortex, config: RunConfig, backbone: str) -> None:
+    """The sidecars that the run begins with. Raises DataError, IncompatibleError."""
+    assert config.sidecars is not None
+    saved = read(in_assets(config.sidecars))
+    if saved.fast_weights != config.fast_weights or saved.segment_tokens != config.backbone.segment_tokens:
+        raise IncompatibleError(
+            f"sidecars = {config.sidecars}: were trained with other fast_weights or backbone.segment_tokens than these "
+            "settings have; take those of the run that trained them"
+        )
+    restore(model.sidecars, saved, backbone)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that is trained, and what has to be known to write it down."""
+
+    config: RunConfig
+    learner: Learner
+    backbone: str
+    """Fingerprint of the backbone."""
+    life: living.Living | None = None
+
+    def save(self, folder: Path, documents: Mapping[str, Any] | None = None) -> Path:
+        """What a checkpoint holds: training state. The last one has `documents`, and sidecars as users load them."""
+        with room_for("a checkpoint that is being written", folder):
+            if self.life is not None:
+                self.life.save(folder)
+            if documents is not None:
+                model = self.learner.model
+                weights = dict(model.sidecars.state_dict()) | self.learner.average
+                write(folder / SIDECARS_FOLDER, weights, model.fast_weights, model.segment_tokens, self.backbone)
+                for name, document in documents.items():
+                    (folder / name).write_text(json.dumps(document))
+            checkpoint.save(folder, self.learner)
+        return folder
+
+
 def _train_steps(
-    config: RunConfig, edge: Edge, learner: Learner, batches: BatchSource, backbone: str,
-    validation: Validation | None, until_step: int,
-) -> None:  # fmt: skip
+    edge: Edge, state: Trained, batches: BatchSource, validation: Validation | None, until_step: int
+) -> None:
+    config, learner, life = state.config, state.learner, state.life
     training, window, every = config.training, _Window(), config.validation.every_steps
     tokens = [batches.tokens(step) for step in range(training.steps)]
     while learner.step_number < until_step:
         step = learner.step_number
         window.add(learner.step(batches.micro_batches(step, edge.rank, edge.world_size)), tokens[step])
         done = learner.step_number
+        if life is not None:
+            life.step(done / training.steps)
         last = done == until_step
         due, validated = last or done % training.checkpoint_every_steps == 0, every and (last or done % every == 0)
         if due or validated or done % training.report_every_steps == 0:
@@ -143,8 +199,9 @@ def _train_steps(
                 with learner.averaged():
                     metrics |= validation.run(learner.model)
                 window = _Window()
+            metrics |= life.metrics() if life is not None else {}
             with tempfile.TemporaryDirectory() as scratch:
-                saved = _save(Path(scratch), learner, config, backbone) if due and edge.rank == 0 else None
+                saved = state.save(Path(scratch)) if due and edge.rank == 0 else None
                 edge.report({"phase": 1.0, **metrics}, saved)
 
 
@@ -210,21 +267,3 @@ def _validation(config: RunConfig, edge: Edge, vocabulary: TaskVocabulary, corpu
         config.validation, config.evaluation, vocabulary, corpus, config.tasks.num_pairs, config.seed, edge.rank,
         edge.world_size, edge.gather,
     )  # fmt: skip
-
-
-def _save(
-    folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None = None
-) -> Path:
-    """What a checkpoint holds: training state. The last one, with its evaluation, also sidecars as users load them."""
-    with room_for("a checkpoint that is being written", folder):
-        return _write(folder, learner, config, backbone, document)
-
-
-def _write(folder: Path, learner: Learner, config: RunConfig, backbone: str, document: dict[str, Any] | None) -> Path:
-    checkpoint.save(folder, learner)
-    if document is None:
-        return folder
-    weights = dict(learner.model.sidecars.state_dict()) | learner.average
-    write(folder / SIDECARS_FOLDER, weights, config.fast_weights, config.backbone.segment_tokens, backbone)
-    (folder / EVALUATION).write_text(json.dumps(document))
-    return folder

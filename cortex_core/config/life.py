@@ -12,6 +12,10 @@ from cortex_core.config.settings import PositiveInt, Settings
 class LifeConfig(Settings):
     """What is told by day, to be asked when the fast weights are empty."""
 
+    beside_training: bool = False
+    """Lead this life while the memory is trained, spread evenly over the steps, its nights slept by an actor
+    (`sleep_actor`) and its dreams, if `sleep.dream_frac` asks for some, dreamed by others (`dream_actors`). The
+    addresses of the memory then stay as they are: slow weights are found under them."""
     num_facts: PositiveInt = 200
     """Facts that are told, each once. A key is a token of its own: at most about as many as the tokenizer has words."""
     facts_per_day: PositiveInt = 8

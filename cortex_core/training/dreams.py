@@ -51,9 +51,7 @@ class Dreams:
         self._kept, self.table = Lessons.none(self._top), []
         if not len(self.graph):
             return {"dream/num": 0.0}
-        tickets = range(self._next_ticket, self._next_ticket + self._per_night)
-        self._next_ticket = tickets.stop
-        dreams = Dreamer(self.model, self.graph, self.config, model_version=str(self._num_nights)).dream(tickets)
+        dreams = self.made(self._per_night)
         verdicts, self._earlier = judge(dreams, self.graph.record, self.config.judge, earlier=self._earlier)
         self.table = list(zip(dreams, verdicts, strict=True))
         self.graph = self.graph.after(dream.memories for dream in dreams)
@@ -64,6 +62,12 @@ class Dreams:
             taught = Taught.answered(answers, self._top, vocab_size)
             self._kept = Lessons(Prompts.of([dream.prompt for dream in kept]), taught, torch.zeros(len(kept)))
         return {"dream/num": float(len(dreams)), "dream/accept_frac": len(kept) / len(dreams)}
+
+    def made(self, number: int) -> list[Dream]:
+        """So many new dreams of the graph. To be overridden where they are made elsewhere."""
+        tickets = range(self._next_ticket, self._next_ticket + number)
+        self._next_ticket = tickets.stop
+        return Dreamer(self.model, self.graph, self.config, model_version=str(self._num_nights)).dream(tickets)
 
     def draw(self, most: int) -> Lessons:
         """Up to so many of tonight's dreams that passed, without putting back."""

@@ -63,14 +63,24 @@ class Life:
         first = day * self.config.facts_per_day
         return range(min(first, self.config.num_facts), min(first + self.config.facts_per_day, self.config.num_facts))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all days, and one: the night after a day comes with the first token of the next, which is read with
+        it, so that the last day is followed by a token that tells nothing."""
+        return self.num_days * self._tokens + 1
+
     def live(self) -> Iterator[Day]:
-        """Read each day that is left. The night after a day comes with the first token of the next, which is read with
-        it: the last day is followed by one token that tells nothing."""
+        """Read each day that is left."""
         for number in range(self.day, self.num_days):
-            text = [*self.book.day(number, self.told_on(number), self._tokens)]
-            following = self.book.day(number + 1, self.told_on(number + 1), self._tokens)[:1]
-            begun = self.sleeper.num_tokens - number * self._tokens
-            yield Day(number, self.sleeper.read([*text[begun:], *following]))
+            yield Day(number, self.read_until((number + 1) * self._tokens + 1))
+
+    def read_until(self, position: int) -> list[Slept]:
+        """Read on until so many tokens have been read in all. Returns the nights on the way."""
+        begun = self.sleeper.num_tokens
+        days = range(begun // self._tokens, -(-position // self._tokens))
+        told = [token for day in days for token in self.book.day(day, self.told_on(day), self._tokens)]
+        first = days.start * self._tokens
+        return self.sleeper.read(told[begun - first : position - first])
 
     @torch.no_grad()
     def recalled(self, facts: Sequence[int], lead_tokens: int = 0) -> Bool[torch.Tensor, " facts"]:
@@ -96,9 +106,11 @@ class Life:
 def new_sleeper(
     model: Cortex, encode: Encode, corpus: Corpus, sleep: SleepConfig, replay: ReplayConfig,
     dream: DreamConfig | None = None, after_backward: Callable[[], None] = lambda: None,
+    *, kind: Callable[..., Sleeper] = Sleeper, dreams: Callable[..., Dreams] = Dreams,
 ) -> Sleeper:  # fmt: skip
     """A reader of `model` whose nights are guarded on held-out text; `encode` and `after_backward` as of `Sleeper`. It
     remembers what was written, to dream of it as `dream` says; that is learned if `sleep.dream_frac` asks for it.
+    `kind` and `dreams` make it and its dreams, where these are others than `Sleeper` and `Dreams`.
 
     Raises ConfigError for a memory that cannot sleep, DataError if there is too little text.
     """
@@ -106,5 +118,5 @@ def new_sleeper(
     tokens = min(GUARD_TOKENS, model.segment_tokens)
     windows = [filler.tokens((number, _GUARD_STREAM), tokens) for number in range(sleep.guard_windows)]
     guard = DriftGuard(torch.tensor(np.stack(windows)), sleep.max_drift_nats) if windows else None
-    dreams = Dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0]))
-    return Sleeper(model, sleep, replay, encode=encode, guard=guard, dreams=dreams, after_backward=after_backward)
+    remembered = dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0]))
+    return kind(model, sleep, replay, encode=encode, guard=guard, dreams=remembered, after_backward=after_backward)

@@ -66,7 +66,7 @@ def _time_both(given: dict[str, str]) -> None:
 
     def pipeline() -> None:
         until = learner.step_number + BLOCK_STEPS
-        worker._train_steps(_until(config, until), edge, learner, batches, "", None)
+        worker._train_steps(edge, worker.Trained(config, learner, ""), batches, None, until)
 
     ratios = pairs.ratios(pipeline, _plain_loop(config, batches), pairs=PAIRS, warm_up=WARM_UP)
     if edge.rank == 0:
@@ -129,8 +129,9 @@ def checkpoint(run: str) -> dict[str, Any]:
 
     step()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = worker._save(Path(scratch), learner, config, "")
-        ratios = pairs.ratios(lambda: worker._save(folder, learner, config, ""), step, pairs=PAIRS, warm_up=WARM_UP)
+        state = worker.Trained(config, learner, "")
+        folder = state.save(Path(scratch))
+        ratios = pairs.ratios(lambda: state.save(folder), step, pairs=PAIRS, warm_up=WARM_UP)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     sidecars = sum(value.numel() * value.element_size() for value in learner.average.values())
     return {"bytes": size, "sidecar_bytes": sidecars, "state_bytes": 4 * sidecars, "ratios": ratios}

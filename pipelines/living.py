@@ -1,0 +1,116 @@
+"""A life beside training: after every step a part of it is read, and its nights and dreams come from actors.
+
+The sidecars learn on, but their addresses stay where they are: slow weights are found under them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cortex_core.backbone.load import load_tokenizer
+from cortex_core.backbone.model import Cortex
+from cortex_core.tasks.corpus import Corpus
+from cortex_core.tasks.filler import TextFiller
+from cortex_core.tasks.vocabulary import TaskVocabulary
+from cortex_core.training.life import Day, Life, new_sleeper
+from pipelines.away import AwaySleeper, PooledDreams
+from pipelines.beside import open_nights, open_pool
+from pipelines.config import RunConfig
+from pipelines.dreaming import source
+from pipelines.life_history import History, document_of
+from pipelines.nights import Nights
+from pipelines.pool import Pool
+from pipelines.slow_actor import consolidator
+
+if TYPE_CHECKING:
+    from pipelines.worker import Edge
+
+
+@contextmanager
+def opened(
+    config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, after_backward: Callable[[], None]
+) -> Iterator[Living | None]:
+    """The life of a run, with its actors; None if it has none. Before `model` is replicated."""
+    if not config.life.beside_training:
+        yield None
+        return
+    with ExitStack() as actors:
+        nights = pool = None
+        dreaming = config.sleep.dream_frac > 0
+        if edge.rank == 0:
+            nights = actors.enter_context(open_nights(consolidator(config), config.sleep_actor))
+            pool = actors.enter_context(open_pool(source(config), config.dream_actors)) if dreaming else None
+        yield Living(config, edge, model, corpus, after_backward, nights, pool)
+
+
+class Living:
+    """A life that is as far as training is. Every worker has one; the actors are the first one's."""
+
+    def __init__(
+        self, config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, after_backward: Callable[[], None],
+        nights: Nights | None, pool: Pool | None,
+    ) -> None:  # fmt: skip
+        """`model` gets slow weights, unless it has some, and keeps its addresses. Raises ConfigError, DataError."""
+        tokenizer = load_tokenizer(config.backbone)
+        actors = config.sleep_actor
+        dreams: dict[str, Any] = {}
+        if config.sleep.dream_frac:
+            settings = config.dream_actors
+            patience_s = (settings.timeout_s + settings.start_timeout_s) * (1 + max(settings.max_restarts, 0))
+            dreams = {"dreams": partial(PooledDreams, pool=pool, timeout_s=patience_s, from_first=edge.from_first)}
+        sleeper = new_sleeper(
+            model, lambda text: tokenizer(text, add_special_tokens=False).input_ids, corpus, config.sleep,
+            config.replay, config.dream, after_backward,
+            kind=partial(AwaySleeper, nights=nights, config_of_nights=actors, from_first=edge.from_first), **dreams,
+        )  # fmt: skip
+        assert isinstance(sleeper, AwaySleeper)
+        self.sleeper: AwaySleeper = sleeper
+        vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
+        self.life = Life(self.sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
+        self.history = History(self.life)
+        self._nights, self._pool, self._corpus = nights, pool, corpus
+        self._tokens = config.evaluation.perplexity_tokens
+        for sidecar in model.sidecars_by_layer.values():
+            sidecar.addresses.requires_grad_(False)
+
+    def step(self, done_frac: float) -> None:
+        """Live as far as training is, merge a night that is over; whole segments are read, so that most steps cost
+        nothing."""
+        if not self.history.before:
+            self.history.before = self.life.known()
+        self.sleeper.settle()
+        width, life = self.sleeper.model.segment_tokens, self.life
+        position = int(done_frac * (life.num_tokens - 1)) // width * width + 1
+        while self.sleeper.num_tokens < position:
+            day = life.day
+            until = min(position, (day + 1) * self.sleeper.config.every_tokens + 1)
+            nights = life.read_until(until)
+            if nights:
+                self.history.add(Day(day, nights))
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the nights that are still away. Returns the document of the life."""
+        while self.sleeper.settle(wait=True):
+            pass
+        return document_of(self.life, self.history, self.sleeper.model, self._corpus, self._tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last day, and of the actors so far; on the first worker also what only it knows."""
+        found = dict(self.history.metrics()) if self.history.days else {}
+        for actors in (self._nights, self._pool):
+            found |= actors.metrics() if actors is not None else {}
+        return found | {"sleep/version": float(self.sleeper.version), "sleep/away": float(self.sleeper.num_away)}
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint, on the first worker."""
+        self.sleeper.save(folder)
+        self.history.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from `save`. Raises DataError, IncompatibleError."""
+        self.sleeper.load(folder)
+        self.history.load(folder)
