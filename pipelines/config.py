@@ -32,6 +32,7 @@ from cortex_core.config import (
     SleepConfig,
     TasksConfig,
     TrainingConfig,
+    UnfreezeConfig,
     ValidationConfig,
 )
 from pipelines.actor_config import NightsConfig, PoolConfig
@@ -86,6 +87,8 @@ class RunConfig(Settings):
     """Facts that are told by day: `cortex sleep`."""
     sleep: SleepConfig = SleepConfig()
     """How what was told moves into slow weights."""
+    unfreeze: UnfreezeConfig = UnfreezeConfig()
+    """How the backbone may change by night, with `sleep.place=backbone`."""
     replay: ReplayConfig = ReplayConfig()
     """What is kept of earlier days for sleep."""
     memory_graph: MemoryGraphConfig = MemoryGraphConfig()
@@ -143,6 +146,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "life.beside_training = true: needs a memory that can write already. Set sidecars to those of a run: "
                 "sidecars=runs/demo/sidecars"
+            )
+        if self.life.beside_training and self.sleep.place == "backbone":
+            raise ValueError(
+                'sleep.place = "backbone": must be "slow_weights" beside training, which is there that the backbone '
+                "stays as it is. Use cortex sleep, or set life.beside_training=false"
             )
         if self.dreams_beside_training and self.sleep.dreams_per_night > self.dream_actors.queue_items:
             raise ValueError(

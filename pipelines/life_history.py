@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from cortex_core.backbone.model import Cortex
-from cortex_core.consolidation.sleep import slow_values
 from cortex_core.errors import DataError
 from cortex_core.eval.perplexity import drift, text_loss
 from cortex_core.intervals import wilson
@@ -77,6 +76,7 @@ def document_of(life: Life, history: History, model: Cortex, corpus: Corpus, tok
         "known_by_day": history.known,
         "nights": life.sleeper.num_nights,
         "nights_undone": life.sleeper.num_undone,
-        "slow_bytes": sum(value.numel() * value.element_size() for value in slow_values(model).values()),
+        "place": life.sleeper.config.place,
+        "slow_bytes": sum(value.numel() * value.element_size() for value in life.sleeper.values().values()),
         "drift": drift(text_loss(model, text.to(model.backbone.device)), bytes_per_token) | {"rows": count},
     }

@@ -101,6 +101,8 @@ def print_summary(document: Mapping[str, Any], console: Console) -> None:
         "Nights undone", Text(f"{undone} of {nights}", style="bold"), Text("by the guard on held-out text", style="dim")
     )
     lines.add_row(
-        "Slow weights", Text(f"{document['slow_bytes'] / 1e6:.1f} MB", style="bold"), Text("float32", style="dim")
+        "Slow weights" if document["place"] == "slow_weights" else "Backbone deltas",
+        Text(f"{document['slow_bytes'] / 1e6:.1f} MB", style="bold"),
+        Text("float32", style="dim"),
     )
     console.print(lines)

@@ -15,14 +15,16 @@ import torch.distributed as dist
 
 from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.load import load_tokenizer
-from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.low_rank_files import save_deltas
 from cortex_core.backbone.sidecar_files import write
-from cortex_core.consolidation.sleep import slow_values
+from cortex_core.consolidation.sleeper import Sleeper
+from cortex_core.consolidation.unfreezer import DELTAS, Unfreezer
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training import checkpoint
 from cortex_core.training.life import Life, new_sleeper
+from cortex_core.training.unfreezing import new_unfreezer
 from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
 from pipelines.disk import room_for
 from pipelines.life_history import History, document_of
@@ -46,7 +48,13 @@ def sleep(config: RunConfig, edge: Edge) -> None:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    sleeper = new_sleeper(model, encode, corpus, config.sleep, config.replay, config.dream, shards.release)
+    if config.sleep.place == "backbone":
+        sleeper: Sleeper = new_unfreezer(
+            model, encode, corpus, vocabulary, config.sleep, config.replay, config.unfreeze, config.dream,
+            shards.release, backbone,
+        )  # fmt: skip
+    else:
+        sleeper = new_sleeper(model, encode, corpus, config.sleep, config.replay, config.dream, shards.release)
     life = Life(sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
     history = History(life)
     with edge.resume_from() as folder:
@@ -56,7 +64,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
     if life.day == 0:
         history.before = life.known()
     for day in life.live():
-        _agree(model, edge)
+        _agree(sleeper, edge)
         history.add(day)
         last = day.number + 1 == life.num_days
         due = last or (day.number + 1) % config.life.checkpoint_every_days == 0
@@ -70,10 +78,10 @@ def sleep(config: RunConfig, edge: Edge) -> None:
         edge.report({"phase": 3.0, "step": life.num_days}, saved)
 
 
-def _agree(model: Cortex, edge: Edge) -> None:
+def _agree(sleeper: Sleeper, edge: Edge) -> None:
     """Equal sums in another order may differ in a bit: all workers go on with those of the first."""
     if edge.world_size > 1:
-        for value in slow_values(model).values():
+        for value in sleeper.values().values():
             dist.broadcast(value.detach(), 0)
 
 
@@ -91,6 +99,8 @@ def _save(
             write(
                 folder / SIDECARS_FOLDER, weights, sleeper.model.fast_weights, config.backbone.segment_tokens, backbone
             )
+            if isinstance(sleeper, Unfreezer) and sleeper.deltas is not None:
+                save_deltas(sleeper.deltas, folder / SIDECARS_FOLDER / DELTAS, sleeper.model.backbone, backbone)
             (folder / EVALUATION).write_text(json.dumps(document))
         counters = {"schema": SCHEMA, "step": life.day, "files": [file.name for file in folder.glob("*.safetensors")]}
         (folder / checkpoint.COUNTERS).write_text(json.dumps(counters))

@@ -33,8 +33,9 @@ class _Table(Settings):
     scale: float
 
 
-def save_deltas(deltas: LowRankDeltas, path: str | Path, backbone: PreTrainedModel) -> None:
-    """Write one file for `backbone`; an existing one is replaced only once the new one is whole.
+def save_deltas(deltas: LowRankDeltas, path: str | Path, backbone: PreTrainedModel, known: str | None = None) -> None:
+    """Write one file for `backbone`; an existing one is replaced only once the new one is whole. `known` is the
+    backbone's fingerprint, where it is sharded.
 
     Raises ConfigError for values that are not finite: nobody could load them.
     """
@@ -42,7 +43,7 @@ def save_deltas(deltas: LowRankDeltas, path: str | Path, backbone: PreTrainedMod
         raise ConfigError(f"deltas {path}: hold numbers that are not finite and cannot be saved; train them anew")
     path = Path(path)
     table = _Table(
-        backbone=fingerprint(backbone), modules=deltas.names, rank=deltas.rank, scale=deltas.scale
+        backbone=known or fingerprint(backbone), modules=deltas.names, rank=deltas.rank, scale=deltas.scale
     ).model_dump_json()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in deltas.values().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +52,11 @@ def save_deltas(deltas: LowRankDeltas, path: str | Path, backbone: PreTrainedMod
     partial.replace(path)
 
 
-def load_deltas(path: str | Path, backbone: PreTrainedModel) -> LowRankDeltas:
-    """What was saved for the same backbone, not attached yet. Raises DataError in one line."""
+def load_deltas(path: str | Path, backbone: PreTrainedModel, known: str | None = None) -> LowRankDeltas:
+    """What was saved for the same backbone, not attached yet; `known` as of `save_deltas`. Raises DataError in one
+    line."""
     tensors, table = _read(Path(path))
-    if table.backbone != (here := fingerprint(backbone)):
+    if table.backbone != (here := known or fingerprint(backbone)):
         raise DataError(
             f"deltas {path}: were made for another backbone ({table.backbone}, this one is {here}); load the backbone "
             "that they were learned on, in its dtype (float16 has a fingerprint of its own)"

@@ -116,6 +116,9 @@ class ScalingConfig(Settings):
 class SleepConfig(Settings):
     """When a model sleeps, and how it learns meanwhile."""
 
+    place: Literal["slow_weights", "backbone"] = "slow_weights"
+    """Where nights put what they learn: into slow weights of the memory, or into low-rank changes of the backbone that
+    lie in a file of their own and can be taken off again (`unfreeze`)."""
     every_tokens: PositiveInt = 512
     """Tokens read between two sleeps, rounded up to whole segments of the backbone: a day."""
     questions: Annotated[tuple[str, ...], Field(min_length=1)] = (" recall", "\n recall", " the recall")

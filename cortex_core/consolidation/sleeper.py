@@ -83,8 +83,7 @@ class Sleeper:
         shards are to be let go. Without a `guard` every night counts. Raises ConfigError for a memory that cannot have
         slow weights."""
         self.model, self.config = model, config or SleepConfig()
-        if not model.fast_weights.slow_slots:
-            model.grow_slow_weights(self.config.slots, self.config.active)
+        self._grow()
         self.buffer = ReplayBuffer(replay or ReplayConfig())
         self.session = model.new_session(log_writes=LOG_WRITES)
         self.guard, self.dreams, self._after_backward = guard, dreams, after_backward
@@ -95,6 +94,11 @@ class Sleeper:
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         self._day: list[int] = []
         self._began = 0  # position of the first token of `_day`
+
+    def _grow(self) -> None:
+        """Make room for what nights will learn."""
+        if not self.model.fast_weights.slow_slots:
+            self.model.grow_slow_weights(self.config.slots, self.config.active)
 
     @property
     def num_tokens(self) -> int:
@@ -186,6 +190,10 @@ class Sleeper:
         for name, value in values.items():
             value.data.copy_(before[name])
         return False
+
+    def values(self) -> dict[str, Tensor]:
+        """What nights change, by name."""
+        return sleep.slow_values(self.model)
 
     def save(self, folder: str | Path) -> None:
         """Write everything but the sidecars and the settings into a folder, the file that `load` needs first last."""

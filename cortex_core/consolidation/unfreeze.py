@@ -68,13 +68,14 @@ def unfreeze(
     region: Region,
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None = None,
+    after_backward: Callable[[], None] = lambda: None,
 ) -> Unfrozen:
     """Teach deltas that are attached to `model` `tonight`, among old lessons that `replay(at most so many)` draws.
 
     The loss is that of sleep and, if there is one, `anchor(model)`, such as a `TextAnchor`; the optimizer is Adam on
-    the deltas alone. A step after which the model lies outside the region is undone to the bit, with the optimizer's
-    moments, and tried again half as long; after `max_backtracks` of these learning stops. However this ends, by an
-    exception too, the model lies inside.
+    the deltas alone; `after_backward` is called where shards are to be let go. A step after which the model lies
+    outside the region is undone to the bit, with the optimizer's moments, and tried again half as long; after
+    `max_backtracks` of these learning stops. However this ends, by an exception too, the model lies inside.
 
     Raises ConfigError: no lessons, deltas that are not on `model`, or a model that lies outside to begin with.
     """
@@ -85,6 +86,7 @@ def unfreeze(
         optimizer = Adam(values.values(), lr=rate, betas=(0.9, 0.98))
         for number in range(1, config.steps + 1):
             loss = _set_gradients(model, values, tonight, replay, config, anchor)
+            after_backward()
             for _ in range(config.max_backtracks + 1):
                 log.append(_tried(model, deltas, optimizer, region, number, rate, loss))
                 if log[-1].kept:
