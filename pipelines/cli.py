@@ -197,9 +197,9 @@ def _train(recipe: str, overrides: list[str]) -> int:
 
     config = with_its_memory(load_config(recipe, overrides))
     check(config)
-    from pipelines import train
+    from pipelines import stages
 
-    return train.run(config)
+    return stages.run(config)
 
 
 def _ablate(arguments: list[str]) -> int:

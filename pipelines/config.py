@@ -11,13 +11,14 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from cortex_core.config import (
     BUILTIN,
     BackboneConfig,
+    CodesConfig,
     DataConfig,
     DreamConfig,
     EvaluationConfig,
@@ -28,6 +29,7 @@ from cortex_core.config import (
     OptimizerConfig,
     ReplayConfig,
     ScenarioConfig,
+    SegmentsConfig,
     Settings,
     SleepConfig,
     TasksConfig,
@@ -45,6 +47,8 @@ DATABASE_FILE = "mlflow.db"
 """MLflow's store, in `out_dir`."""
 SIDECARS_FOLDER, EVALUATION = "sidecars", "evaluation.json"
 """What a run trained, in its folder once it has finished."""
+CODER = "codes.safetensors"
+"""Of `stage=codes`: encoder and decoder."""
 LIFE, MEMORIES = "life.json", "memories.safetensors"
 """Of a life that was led: what is known of it, in the last checkpoint, and what was written."""
 
@@ -60,6 +64,9 @@ class RunConfig(Settings):
 
     name: Annotated[str, AfterValidator(_folder_name)] = "demo"
     """Name of the run and of its folder in `out_dir`. Starting it again under the same name resumes it."""
+    stage: Literal["memory", "codes", "sleep"] = "memory"
+    """What `cortex train` trains: the memory; codes of what a trained one reads; or slow weights (`sleep.place`) in a life
+    of facts, as `cortex sleep` does. Stages follow one another by `sidecars`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights, of the tasks and of the order of the data."""
     out_dir: Annotated[str, Field(min_length=1)] = "runs"
@@ -87,6 +94,10 @@ class RunConfig(Settings):
     """Facts that are told by day: `cortex sleep`."""
     sleep: SleepConfig = SleepConfig()
     """How what was told moves into slow weights."""
+    segments: SegmentsConfig = SegmentsConfig()
+    """Which parts of a text are surprising enough to be kept, with `stage=codes`."""
+    codes: CodesConfig = CodesConfig()
+    """What a few numbers keep of such a part, with `stage=codes`."""
     unfreeze: UnfreezeConfig = UnfreezeConfig()
     """How the backbone may change by night, with `sleep.place=backbone`."""
     replay: ReplayConfig = ReplayConfig()
@@ -142,6 +153,11 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def a_life_begins_with_a_memory(self) -> RunConfig:
         """A memory that cannot write yet has nothing to sleep on; and a night takes its dreams at once."""
+        if self.stage != "memory" and self.sidecars is None:
+            raise ValueError(
+                f'stage = "{self.stage}": begins with a memory that is trained. Set sidecars to those of a run: '
+                "sidecars=runs/demo/sidecars"
+            )
         if self.life.beside_training and self.sidecars is None:
             raise ValueError(
                 "life.beside_training = true: needs a memory that can write already. Set sidecars to those of a run: "

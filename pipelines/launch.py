@@ -29,7 +29,7 @@ from pipelines.watch import Watch
 if TYPE_CHECKING:  # takes seconds to import, and only workers need it, not the driver nor Ray Train's controller
     from pipelines.worker import Edge
 
-Job = Literal["train", "evaluate", "sleep"]
+Job = Literal["train", "evaluate", "sleep", "codes"]
 Report = Callable[[dict[str, float], Path | None], None]
 KEPT_CHECKPOINTS = 2
 
@@ -200,5 +200,9 @@ def _do(settings: dict[str, Any], edge: Edge) -> None:
         from pipelines import sleep_worker
 
         sleep_worker.sleep(config, edge)
+    elif settings["job"] == "codes":
+        from pipelines import codes_worker
+
+        codes_worker.code(config, edge)
     else:
         worker.evaluate(config, edge, Path(settings["sidecars"]))

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from pipelines.tracking import TrackedRun
 
-PHASES = ("loading the backbone", "training", "evaluating", "collecting results", "reading and sleeping")
+PHASES = ("loading the backbone", "training", "evaluating", "collecting results", "reading and sleeping",
+          "reading", "fitting codes")  # fmt: skip
 """What the number `phase` of a worker's report means."""
 PLAIN_EVERY_S, STILL_EVERY_S, POLL_S, ABORT_TIMEOUT_S = 10.0, 60.0, 0.5, 20.0
 
@@ -178,7 +179,7 @@ class Progress:
             self._say(_passed_over(damaged, int(report["resumed_step"])))
         if "evaluated_frac" in report:
             self._draw(report["evaluated_frac"], 1.0, "")
-        elif "step" in report and self._phase in (PHASES[1], PHASES[4]):
+        elif "step" in report and self._phase in (PHASES[1], PHASES[4], PHASES[5]):
             self._step(int(report["step"]), report)
 
     def _as_many(self, workers: int, wanted: int) -> None:

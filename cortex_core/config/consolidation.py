@@ -47,6 +47,12 @@ class SegmentsConfig(Settings):
 class CodesConfig(Settings):
     """The encoder of a segment's statistics into a few numbers, and its decoder."""
 
+    num_streams: Annotated[int, Field(ge=1)] = 8
+    """Streams of text, with facts in it, whose segments are fitted."""
+    held_out_streams: Annotated[int, Field(ge=1)] = 2
+    """Further streams, of held-out text, whose segments say how much of them a code keeps."""
+    stream_tokens: PositiveInt = 4096
+    """Tokens of a stream, rounded up to whole segments of the backbone."""
     code_size: PositiveInt = 128
     """Numbers in a code."""
     hidden_size: PositiveInt = 256

@@ -7,17 +7,20 @@ on what is recoverable, and nothing here judges it: whether sleep worked is aske
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from cortex_core import files
 from cortex_core.config import CodesConfig
 from cortex_core.consolidation.moments import Moments
 from cortex_core.consolidation.statistics import Recoverable, Statistics, low_rank_share
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
+SCHEMA = "cortex-codes/1"
 SMALLEST_SCALE = 1e-6
 """Deviation below which a feature counts as constant, and is not divided by it."""
 JUDGED_EVERY_STEPS = 25
@@ -211,6 +214,28 @@ def fit(coder: SegmentCoder, given: Recoverable, *, generator: Generator) -> dic
 def _judged(coder: SegmentCoder, judge: Recoverable) -> tuple[dict[str, float], dict[str, Tensor]]:
     errors = {f"codes/{name}_error": float(error) for name, error in coder.errors(judge).items()}
     return errors, {name: value.clone() for name, value in coder.state_dict().items()}
+
+
+def save_coder(coder: SegmentCoder, path: str | Path, backbone: str) -> None:
+    """Write one file; `backbone` is the fingerprint of the model whose segments it codes."""
+    notes = {"shape": list(coder.shape), "config": coder.config.model_dump(), "backbone": backbone}
+    files.write(Path(path), SCHEMA, coder.state_dict(), notes)
+
+
+def load_coder(path: str | Path, backbone: str) -> SegmentCoder:
+    """What was saved for the same model. Raises DataError, IncompatibleError."""
+    tensors, notes = files.read(Path(path), SCHEMA, "coder")
+    try:
+        shape = StatisticsShape(*(int(size) for size in notes["shape"]))
+        coder = SegmentCoder(shape, CodesConfig.model_validate(notes["config"]))
+        coder.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"coder {path}: not readable ({str(error).splitlines()[0]}); it is damaged") from error
+    if notes.get("backbone") != backbone:
+        raise IncompatibleError(
+            f"coder {path}: is for another backbone ({notes.get('backbone')}, this one is {backbone}); fit one for it"
+        )
+    return coder
 
 
 def _bend(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
