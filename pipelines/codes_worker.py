@@ -20,7 +20,7 @@ from cortex_core.consolidation.record import Segment
 from cortex_core.consolidation.statistics import Recoverable, Statistics
 from cortex_core.errors import DataError
 from cortex_core.tasks.corpus import load_corpus
-from cortex_core.tasks.vocabulary import TaskVocabulary
+from cortex_core.tasks.vocabulary import Split, TaskVocabulary
 from cortex_core.training import checkpoint
 from cortex_core.training.streams import fact_streams
 from pipelines.config import CODER, EVALUATION, RunConfig
@@ -43,7 +43,8 @@ def code(config: RunConfig, edge: Edge) -> None:
     width = model.segment_tokens
     windows = -(-settings.stream_tokens // width)
     read: dict[str, list[Segment]] = {}
-    for split, count in (("train", settings.num_streams), ("held_out", settings.held_out_streams)):
+    splits: tuple[tuple[Split, int], ...] = (("train", settings.num_streams), ("held_out", settings.held_out_streams))
+    for split, count in splits:
         streams = fact_streams(vocabulary, corpus, split, count, windows, width, config.seed)
         diary, read[split] = Diary(model, config.segments, [f"{split}-{n}" for n in range(count)]), []
         for window, ids in enumerate(streams.split(width, dim=1)):

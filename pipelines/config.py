@@ -65,8 +65,8 @@ class RunConfig(Settings):
     name: Annotated[str, AfterValidator(_folder_name)] = "demo"
     """Name of the run and of its folder in `out_dir`. Starting it again under the same name resumes it."""
     stage: Literal["memory", "codes", "sleep"] = "memory"
-    """What `cortex train` trains: the memory; codes of what a trained one reads; or slow weights (`sleep.place`) in a life
-    of facts, as `cortex sleep` does. Stages follow one another by `sidecars`."""
+    """What `cortex train` trains: the memory; codes of what a trained one reads; or slow weights (`sleep.place`) in a
+    life of facts, as `cortex sleep` does. Stages follow one another by `sidecars`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights, of the tasks and of the order of the data."""
     out_dir: Annotated[str, Field(min_length=1)] = "runs"

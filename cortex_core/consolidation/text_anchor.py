@@ -26,6 +26,10 @@ class TextAnchor:
         self._windows, self._config = windows, config
         self._generator = Generator().manual_seed(config.seed)
 
+    def begin(self, night: int) -> None:
+        """Draw from here on what belongs to this night, whatever was drawn before: nights go on from files."""
+        self._generator.manual_seed(hash((self._config.seed, night)) & 0x7FFF_FFFF)
+
     def __call__(self, model: Cortex) -> Float[Tensor, ""]:
         """To be added to a loss. Another draw each time."""
         drawn = torch.randperm(len(self._windows), generator=self._generator)[: self._config.text_windows]

@@ -58,6 +58,8 @@ class Unfreezer(Sleeper):
             found = candidates(self.model, lessons, self._text[:SELECTION_WINDOWS], config)
             self.deltas = chosen_deltas(self.model, found, config).attach(self.model)
             self._after_backward()
+        if self._anchor is not None:
+            self._anchor.begin(self.num_nights)
         old = iter(evening.replayed)
 
         def replay(_: int) -> Lessons:
@@ -87,6 +89,4 @@ class Unfreezer(Sleeper):
         if path.is_file():
             self.deltas = load_deltas(path, self.model.backbone, self._backbone).attach(self.model)
         elif self.num_nights - self.num_undone and len(self.buffer):
-            raise DataError(
-                f"{path}: is missing, although {self.num_nights} nights were slept; the checkpoint is damaged"
-            )
+            raise DataError(f"{path}: is missing after {self.num_nights} nights; the checkpoint is damaged")

@@ -140,10 +140,10 @@ def test_what_is_typed_is_what_is_meant(override: str, expected: object) -> None
         ("tracking.experiment=", 'tracking.experiment = "": must not be empty (default "cortex")'),
         ("fast_weights.rnak=8", "fast_weights.rnak: unknown key in section [fast_weights]; did you mean fast_weights.rank?"),
         ("fast_weight.rank=8", "fast_weight: unknown key at the top level; did you mean fast_weights?"),
-        ("rank=8", "rank: unknown key at the top level; did you mean fast_weights.rank or optimizer.rank?"),
-        ("training.rank=8", "training.rank: unknown key in section [training]; did you mean fast_weights.rank or optimizer.rank?"),
+        ("rank=8", "rank: unknown key at the top level; did you mean fast_weights.rank or optimizer.rank or unfreeze.rank?"),
+        ("training.rank=8", "training.rank: unknown key in section [training]; did you mean fast_weights.rank or optimizer.rank or unfreeze.rank?"),
         ("sharding.zzz=8", "sharding.zzz: unknown key in section [sharding]; it has: stage, offload, deepspeed"),
-        ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size or sleep.batch_size or scenario.batch_size?"),
+        ("batch_size=8", "batch_size: unknown key at the top level; did you mean training.batch_size or evaluation.batch_size or sleep.batch_size or codes.batch_size or unfreeze.batch_size or scenario.batch_size?"),
         ("sharding=3", "sharding = 3: is a section; set one of its keys: stage, offload, deepspeed"),
         ("seed.x=3", 'seed = {"x": 3}: expected an integer, at least 0, below 4294967296 (default 0)'),
         ("fast_weights.write_strength=2.5",
@@ -248,7 +248,7 @@ def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"):
         load_config("dmeo")
-    with pytest.raises(DataError, match=r"that ships: demo, digits, relations, text$"):
+    with pytest.raises(DataError, match=r"that ships: codes, demo, digits, dream, relations, sleep, text, unfreeze$"):
         load_config("nothing-like-it")
     with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
         load_config(tmp_path)
