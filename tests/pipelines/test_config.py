@@ -248,7 +248,7 @@ def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^dmeo: no such recipe\. .* that ships: .*demo.*Did you mean demo\?$"):
         load_config("dmeo")
-    with pytest.raises(DataError, match=r"that ships: demo, digits, relations, text$"):
+    with pytest.raises(DataError, match=r"that ships: demo, digits, dream, relations, text$"):
         load_config("nothing-like-it")
     with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path))}: is a folder, not a recipe"):
         load_config(tmp_path)
