@@ -52,6 +52,8 @@ class AwaySleeper(Sleeper):
         super().__init__(*args, **kwargs)
         self._nights, self._away_config, self._from_first = nights, config_of_nights, from_first
         self._patience_s = patience_s
+        # Of sidecars that are trained on, and of a backbone in however many shards: the checkpoint knows whose it is.
+        self.session.identity = {}
         self._away: dict[int, Evening] = {}
         self._next = 0
         self.version = 0
