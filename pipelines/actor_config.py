@@ -30,6 +30,11 @@ class CrewConfig(Settings):
     num_gpus: NonNegative = 0.0
     """GPUs that Ray reserves for an actor; a fraction shares one."""
 
+    @property
+    def patience_s(self) -> float:
+        """Until an actor that dies as often as it may would have been replaced."""
+        return (self.timeout_s + self.start_timeout_s) * (1 + max(self.max_restarts, 0))
+
 
 class PoolConfig(CrewConfig):
     """Actors that generate samples for training."""
@@ -60,7 +65,8 @@ class NightsConfig(CrewConfig):
     """The actor that sleeps while training goes on."""
 
     synchronous: bool = False
-    """Training waits for every night. It is then what it would be without an actor, and the same each time."""
+    """Training waits for every night. It is then what it would be without an actor, and the same each time; with dreams
+    (`sleep.dream_frac`), if `dream_actors.max_staleness` is 0."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """Versions of the slow weights that a night may lie behind when it is merged: how often they were changed since it
     was handed in. 0 merges only what was learned from the weights as they are."""

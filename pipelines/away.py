@@ -44,17 +44,20 @@ class AwaySleeper(Sleeper):
     """`read` hands nights in, `settle` merges those that have been slept; in between the model is what it was."""
 
     def __init__(
-        self, *args: Any, nights: Nights | None, config_of_nights: NightsConfig, from_first: FromFirst, **kwargs: Any
-    ) -> None:
-        """`nights` on the first worker, None on the others. The rest as of `Sleeper`."""
+        self, *args: Any, nights: Nights | None, config_of_nights: NightsConfig, from_first: FromFirst,
+        patience_s: float, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """`nights` on the first worker, None on the others; no night is waited for longer than `patience_s`. The rest
+        as of `Sleeper`."""
         super().__init__(*args, **kwargs)
         self._nights, self._away_config, self._from_first = nights, config_of_nights, from_first
+        self._patience_s = patience_s
+        # Of sidecars that are trained on, and of a backbone in however many shards: the checkpoint knows whose it is.
+        self.session.identity = {}
         self._away: dict[int, Evening] = {}
         self._next = 0
         self.version = 0
         """How often the slow weights have been changed."""
-        self.settled: list[Verdict] = []
-        """Of the nights since it was last asked; whoever asks empties it."""
 
     @property
     def num_away(self) -> int:
@@ -71,7 +74,8 @@ class AwaySleeper(Sleeper):
         return self._from_first(super()._cues())
 
     def sleep(self) -> Slept:
-        """Hand in what the day has to teach. The night is merged at once if it is to be synchronous."""
+        """Hand in what the day has to teach. A synchronous night is settled when this returns; nothing is known yet of
+        another one, which counts as kept."""
         while len(self._away) >= self._away_config.queue_nights:
             self.settle(wait=True)
         evening, metrics = self.evening()
@@ -83,9 +87,13 @@ class AwaySleeper(Sleeper):
             number = self._nights.submit(self.version, self._snapshot(), evening.tensors())
             assert number == self._next
         self._next += 1
-        while self._away_config.synchronous and self._away:
+        if not self._away_config.synchronous:
+            return Slept(metrics, kept=True)
+        undone = self.num_undone
+        while self._away:
             self.settle(wait=True)
-        return Slept(metrics, kept=True)
+        kept = self.num_undone == undone
+        return Slept(metrics | {"sleep/undone": float(not kept)}, kept)
 
     def settle(self, *, wait: bool = False) -> bool:
         """Merge a night that has been slept, or find out why not; False if there is none. With `wait` there will be.
@@ -99,7 +107,6 @@ class AwaySleeper(Sleeper):
             return False
         merged, given_up = settled.verdict.merged, settled.verdict.given_up
         self.version += merged
-        self.settled.append(settled.verdict)
         if merged or given_up:
             self.morning(self._away.pop(settled.number), kept=merged)
         return True
@@ -136,12 +143,6 @@ class AwaySleeper(Sleeper):
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.model.sidecars.state_dict().items()}
-
-    @property
-    def _patience_s(self) -> float:
-        """Until an actor that dies as often as it may would have been replaced."""
-        config = self._away_config
-        return (config.timeout_s + config.start_timeout_s) * (1 + max(config.max_restarts, 0))
 
     def save(self, folder: str | Path) -> None:
         """As of `Sleeper`, with the nights that are away. On the first worker."""
@@ -181,10 +182,11 @@ class AwaySleeper(Sleeper):
 class PooledDreams(Dreams):
     """Dreams that a pool of actors makes; it belongs to the first worker."""
 
-    def __init__(self, *args: Any, pool: Pool | None, timeout_s: float, from_first: FromFirst) -> None:
-        """`pool` on the first worker, None on the others. The rest as of `Dreams`."""
+    def __init__(self, *args: Any, pool: Pool | None, patience_s: float, from_first: FromFirst) -> None:
+        """`pool` on the first worker, None on the others; no dream is waited for longer than `patience_s`. The rest as
+        of `Dreams`."""
         super().__init__(*args)
-        self._pool, self._timeout_s, self._from_first = pool, timeout_s, from_first
+        self._pool, self._patience_s, self._from_first = pool, patience_s, from_first
         self._version = 0
 
     def made(self, number: int) -> list[Dream]:
@@ -197,7 +199,7 @@ class PooledDreams(Dreams):
             return self._from_first(None)
         weights = {name: value.detach().cpu() for name, value in self.model.sidecars.state_dict().items()}
         self._pool.publish(self._version, (weights, self.graph))
-        return self._from_first([sample.value for sample in self._pool.take(number, self._timeout_s)])
+        return self._from_first([sample.value for sample in self._pool.take(number, self._patience_s)])
 
     def pool_state(self) -> dict[str, Any]:
         """Which dreams have been taken, and how often weights were published; for JSON."""

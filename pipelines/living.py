@@ -1,6 +1,6 @@
 """A life beside training: after every step a part of it is read, and its nights and dreams come from actors.
 
-The sidecars learn on, but their addresses stay where they are: slow weights are found under them.
+The sidecars learn on, but their addresses stay where they are (`keep_addresses`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.life import Day, Life, new_sleeper
+from pipelines.actor_config import CrewConfig
 from pipelines.away import AwaySleeper, PooledDreams
 from pipelines.beside import open_nights, open_pool
 from pipelines.config import RunConfig
@@ -29,6 +30,10 @@ from pipelines.slow_actor import consolidator
 if TYPE_CHECKING:
     from pipelines.worker import Edge
 
+DREAM_ACTORS = "dream_actors"
+"""Before the metrics of the pool; `dream/` are those of the dreams themselves."""
+PATIENT_FRAC = 0.9
+
 
 @contextmanager
 def opened(
@@ -39,12 +44,20 @@ def opened(
         yield None
         return
     with ExitStack() as actors:
-        nights = pool = None
+        nights: Nights | None = None
+        pool: Pool | None = None
         dreaming = config.sleep.dream_frac > 0
         if edge.rank == 0:
             nights = actors.enter_context(open_nights(consolidator(config), config.sleep_actor))
-            pool = actors.enter_context(open_pool(source(config), config.dream_actors)) if dreaming else None
+            if dreaming:
+                pool = actors.enter_context(open_pool(source(config), config.dream_actors, name=DREAM_ACTORS))
         yield Living(config, edge, model, corpus, after_backward, nights, pool)
+
+
+def keep_addresses(model: Cortex) -> None:
+    """Training leaves the addresses of the memory as they are from here on: slow weights are found under them."""
+    for sidecar in model.sidecars_by_layer.values():
+        sidecar.addresses.requires_grad_(False)
 
 
 class Living:
@@ -54,18 +67,24 @@ class Living:
         self, config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, after_backward: Callable[[], None],
         nights: Nights | None, pool: Pool | None,
     ) -> None:  # fmt: skip
-        """`model` gets slow weights, unless it has some, and keeps its addresses. Raises ConfigError, DataError."""
+        """`model` gets slow weights, unless it has some. Raises ConfigError, DataError."""
         tokenizer = load_tokenizer(config.backbone)
-        actors = config.sleep_actor
+
+        def common(actors: CrewConfig) -> dict[str, Any]:
+            # The other workers wait for the first: it is to say what is wrong before they count as hanging.
+            patience_s = min(actors.patience_s, PATIENT_FRAC * config.cluster.hang_timeout_s)
+            return {"from_first": edge.from_first, "patience_s": patience_s}
+
         dreams: dict[str, Any] = {}
         if config.sleep.dream_frac:
-            settings = config.dream_actors
-            patience_s = (settings.timeout_s + settings.start_timeout_s) * (1 + max(settings.max_restarts, 0))
-            dreams = {"dreams": partial(PooledDreams, pool=pool, timeout_s=patience_s, from_first=edge.from_first)}
+            dreams = {"dreams": partial(PooledDreams, pool=pool, **common(config.dream_actors))}
         sleeper = new_sleeper(
             model, lambda text: tokenizer(text, add_special_tokens=False).input_ids, corpus, config.sleep,
             config.replay, config.dream, after_backward,
-            kind=partial(AwaySleeper, nights=nights, config_of_nights=actors, from_first=edge.from_first), **dreams,
+            kind=partial(
+                AwaySleeper, nights=nights, config_of_nights=config.sleep_actor, **common(config.sleep_actor)
+            ),
+            **dreams,
         )  # fmt: skip
         assert isinstance(sleeper, AwaySleeper)
         self.sleeper: AwaySleeper = sleeper
@@ -74,8 +93,6 @@ class Living:
         self.history = History(self.life)
         self._nights, self._pool, self._corpus = nights, pool, corpus
         self._tokens = config.evaluation.perplexity_tokens
-        for sidecar in model.sidecars_by_layer.values():
-            sidecar.addresses.requires_grad_(False)
 
     def step(self, done_frac: float) -> None:
         """Live as far as training is, merge a night that is over; whole segments are read, so that most steps cost
@@ -92,10 +109,13 @@ class Living:
             if nights:
                 self.history.add(Day(day, nights))
 
-    def finish(self) -> dict[str, Any]:
-        """Wait for the nights that are still away. Returns the document of the life."""
+    def finish(self) -> None:
+        """Wait for the nights that are still away."""
         while self.sleeper.settle(wait=True):
             pass
+
+    def document(self) -> dict[str, Any]:
+        """Of the life, when it is finished; for the report."""
         return document_of(self.life, self.history, self.sleeper.model, self._corpus, self._tokens)
 
     def metrics(self) -> dict[str, float]:

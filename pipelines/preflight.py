@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cortex_core.config import ASSETS, BUILTIN, CORPUS_SUFFIXES
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
@@ -82,28 +82,31 @@ def check_against_machine(config: RunConfig) -> None:
             f"{cluster.cpus_per_worker:g}: must be at most {cpus}, the CPUs of this machine. Set "
             f"{remedy}, or cluster.address=auto for a cluster"
         )
-    _check_room_for_actors(config, cpus, needed)
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    _check_room_for_actors(config, "cpu", needed, cpus)
     if cluster.use_gpu and workers > gpus and not Path("/dev/dxg").exists():  # WSL has this one
         remedy = f"Set {name}={gpus}" if gpus else "Set cluster.use_gpu=false"
         raise ConfigError(
             f"{name} = {workers} with cluster.use_gpu = true: must be at most "
             f"{gpus}, the NVIDIA GPUs of this machine. {remedy}, or cluster.address=auto for a cluster"
         )
+    if not Path("/dev/dxg").exists():
+        _check_room_for_actors(config, "gpu", float(workers * cluster.use_gpu), gpus)
 
 
-def _check_room_for_actors(config: RunConfig, cpus: int, workers_cpus: float) -> None:
+def _check_room_for_actors(config: RunConfig, kind: Literal["cpu", "gpu"], workers: float, there: int) -> None:
     """Beside the workers. An actor that cannot be placed would be waited for in vain."""
     if not config.life.beside_training:
         return
-    dreamers = config.dream_actors.num_generators if config.dreams_beside_training else 0
-    actors = config.sleep_actor.num_cpus + dreamers * config.dream_actors.num_cpus
-    if workers_cpus + actors > cpus:
+    what, dreamers = f"num_{kind}s", config.dream_actors.num_generators if config.dreams_beside_training else 0
+    actors = getattr(config.sleep_actor, what) + dreamers * getattr(config.dream_actors, what)
+    if actors and workers + actors > there + 1e-9:  # ten times 0.1 are not quite 1
+        first = "cluster.cpus_per_worker, " if kind == "cpu" else ""
         raise ConfigError(
-            f"life.beside_training = true: the workers reserve {workers_cpus:g} CPUs and the actors {actors:g} "
-            f"(sleep_actor.num_cpus + {dreamers} x dream_actors.num_cpus): must be at most {cpus} together, the CPUs "
-            "of this machine. Lower cluster.cpus_per_worker, sleep_actor.num_cpus or dream_actors.num_cpus: they are "
-            "reservations, CPUs can be shared"
+            f"life.beside_training = true: the workers reserve {workers:g} {kind.upper()}s and the actors {actors:g} "
+            f"(sleep_actor.{what} + {dreamers} x dream_actors.{what}): must be at most {there} together, the "
+            f"{kind.upper()}s of this machine. Lower {first}sleep_actor.{what} or dream_actors.{what}: they are "
+            "reservations, what is reserved can be shared"
         )
 
 

@@ -13,8 +13,11 @@ from transformers.utils import logging
 from cortex_core.backbone.load import in_assets
 from cortex_core.backbone.model import Cortex
 from cortex_core.consolidation.sleep import Evening, consolidate
+from cortex_core.errors import IncompatibleError
 from pipelines.config import RunConfig
 from pipelines.duties import Consolidator
+
+_SAME = "Every node has to see the same sidecars that the run begins with"
 
 
 def own_model(config: RunConfig) -> Cortex:
@@ -23,15 +26,23 @@ def own_model(config: RunConfig) -> Cortex:
     logging.disable_progress_bar()
     torch.set_num_threads(config.cluster.worker_threads)
     settings = config.backbone.model_dump(exclude={"name"})
-    model = Cortex.from_pretrained(config.backbone.name, in_assets(config.sidecars), **settings).eval()
-    if not model.fast_weights.slow_slots:
-        model.grow_slow_weights(config.sleep.slots, config.sleep.active)
-    return model.to("cuda") if config.cluster.use_gpu else model
+    with torch.random.fork_rng(devices=[]):  # without Ray this is the process that trains, which draws its own numbers
+        model = Cortex.from_pretrained(config.backbone.name, in_assets(config.sidecars), **settings).eval()
+        if not model.fast_weights.slow_slots:
+            model.grow_slow_weights(config.sleep.slots, config.sleep.active)
+    # An actor sees a GPU if it has reserved one (num_gpus); otherwise its CPU has to do.
+    return model.to("cuda") if config.cluster.use_gpu and torch.cuda.is_available() else model
 
 
 def put(model: Cortex, weights: Mapping[str, Tensor]) -> None:
-    """Let `model` have these parameters of sidecars, by name; those that are not given stay as they are."""
-    model.sidecars.load_state_dict(dict(weights), strict=False)
+    """Let `model` have these parameters of sidecars, by name; those that are not given stay as they are. Raises
+    IncompatibleError for what it has no place for."""
+    try:
+        unknown = model.sidecars.load_state_dict(dict(weights), strict=False).unexpected_keys
+    except RuntimeError as error:  # of another shape
+        raise IncompatibleError(f"sidecars: {str(error).splitlines()[-1].strip()}. {_SAME}") from error
+    if unknown:
+        raise IncompatibleError(f"sidecars: {unknown[0]} has no place in those of the actor. {_SAME}")
 
 
 class SlowConsolidator:

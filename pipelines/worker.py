@@ -80,6 +80,8 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
         begin_with(model, config, backbone)
     shards.release()
     with living.opened(config, edge, model, corpus, shards.release) as life:
+        if model.fast_weights.slow_slots:
+            living.keep_addresses(model)
         objective = replicate(ReadingLoss(model, config.training))
         learner = Learner(
             model, objective, config.training, config.optimizer, after_backward=shards.release, seed=config.seed
@@ -96,10 +98,12 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
         if learner.step_number < config.training.steps:
             return
         with learner.averaged():
+            if life is not None:
+                life.finish()  # what is evaluated is what is exported
             documents = {EVALUATION: _suite(config, edge, vocabulary, corpus).run(model)}
             documents[EVALUATION]["backbone_parameters"] = shards.total_numel
             if life is not None:
-                documents[LIFE] = life.finish()
+                documents[LIFE] = life.document()
         with tempfile.TemporaryDirectory() as scratch:
             saved = state.save(Path(scratch), documents) if edge.rank == 0 else None
             edge.report({"phase": 3.0, "step": learner.step_number}, saved)
@@ -174,7 +178,7 @@ class Trained:
                 write(folder / SIDECARS_FOLDER, weights, model.fast_weights, model.segment_tokens, self.backbone)
                 for name, document in documents.items():
                     (folder / name).write_text(json.dumps(document))
-            checkpoint.save(folder, self.learner)
+            checkpoint.save(folder, self.learner, [file.name for file in folder.glob("*.safetensors")])
         return folder
 
 

@@ -157,10 +157,10 @@ class Cortex(nn.Module):
         states, rows = self.empty_states(batch_size), Rows.empty(batch_size, self.backbone.device)
         return Session(states, rows, torch.zeros_like(rows.lengths), {}, self.empty_states(1))
 
-    def load_session(self, path: str | Path) -> Session:
-        """Read a session that a model with the same fingerprints has saved. Raises DataError, IncompatibleError."""
+    def load_session(self, path: str | Path, like: Session | None = None) -> Session:
+        """Read a session with the fingerprints of this model, or of `like`. Raises DataError, IncompatibleError."""
         vocab_size, strongest = self.backbone.config.get_text_config().vocab_size, self.fast_weights.write_strength
-        like = self.new_session(log_writes=1)
+        like = like or self.new_session(log_writes=1)
         return load_session(path, like, self.segment_tokens, vocab_size=vocab_size, write_strength=strongest)
 
     def forget(

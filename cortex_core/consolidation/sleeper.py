@@ -211,7 +211,7 @@ class Sleeper:
         IncompatibleError (of another model)."""
         folder = Path(folder)
         found, notes = files.read(folder / SLOW, SCHEMA, "slow weights")
-        session = self.model.load_session(folder / SESSION)
+        session = self.model.load_session(folder / SESSION, self.session)
         buffer = ReplayBuffer.load(folder / REPLAY, self.buffer.config)
         values = sleep.slow_values(self.model)
         wrong = {n: tuple(v.shape) for n, v in found.items()} != {n: tuple(v.shape) for n, v in values.items()}

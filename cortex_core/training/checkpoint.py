@@ -23,13 +23,14 @@ SCHEMA = "cortex-checkpoint/2"
 TENSORS, COUNTERS = "training.safetensors", "training.json"
 
 
-def save(folder: Path, learner: Learner) -> None:
-    """Write the learner's state into an existing folder, the counters last: a folder without them is not whole."""
+def save(folder: Path, learner: Learner, beside: Iterable[str] = ()) -> None:
+    """Write the learner's state into an existing folder, the counters last: a folder without them is not whole, nor one
+    without the files `beside` it."""
     tensors, counters = learner.state()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     tensors["random_state"] = torch.get_rng_state()
     save_file(tensors, folder / TENSORS)
-    (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters}))
+    (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters, "files": [TENSORS, *beside]}))
 
 
 def step_of(folder: Path) -> int | None:

@@ -92,6 +92,8 @@ class Learner:
 
     def _adapt_rank(self) -> None:
         budget, cut = self.model.fast_weights.rank_budget, round(self.training.prune_frac * self.training.steps)
+        if any(not addresses.content.requires_grad for addresses in self.usage.addresses.values()):
+            return  # they are to stay, and without gradients nothing is known about them
         if budget is not None and self.step_number <= cut:
             self.usage.measure()
             if self.step_number == cut:

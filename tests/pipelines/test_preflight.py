@@ -233,3 +233,30 @@ def test_gpus_that_are_not_there() -> None:
         check_against_machine(configured(cluster__num_workers=1, cluster__use_gpu=True))
     one_line(error, "cluster.use_gpu = true", "at most 0", "Set cluster.use_gpu=false")
     check_against_machine(configured(cluster__num_workers=0, cluster__use_gpu=True))
+
+
+def beside(**values: object) -> RunConfig:
+    """With a life: a sleeper, and three who dream."""
+    given = {"sidecars": "builtin:stdlib-1m/sidecars", "life__beside_training": True, "sleep__dream_frac": 0.5}
+    given |= {"cluster__num_workers": 1, "cluster__cpus_per_worker": CPUS - 0.4, "dream_actors__num_generators": 3}
+    return configured(**given | {"sleep_actor__num_cpus": 0.1, "dream_actors__num_cpus": 0.1} | values)
+
+
+def test_actors_need_room_beside_the_workers() -> None:
+    check_against_machine(beside())  # four times 0.1 are not quite 0.4
+    check_against_machine(beside(dream_actors__num_generators=9, sleep__dream_frac=0.0))
+    check_against_machine(beside(dream_actors__num_generators=9, life__beside_training=False))
+    check_against_machine(beside(dream_actors__num_generators=9, cluster__num_workers=0))
+    with pytest.raises(ConfigError) as error:
+        check_against_machine(beside(dream_actors__num_generators=9))
+    one_line(
+        error, f"life.beside_training = true: the workers reserve {CPUS - 0.4:g} CPUs and the actors 1 (sleep_actor.num",
+        f"+ 9 x dream_actors.num_cpus): must be at most {CPUS} together", "Lower cluster.cpus_per_worker, sleep_actor",
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists(), reason="has a GPU")
+def test_actors_on_gpus_that_are_not_there() -> None:
+    with pytest.raises(ConfigError) as error:
+        check_against_machine(beside(dream_actors__num_gpus=0.5))
+    one_line(error, "the workers reserve 0 GPUs and the actors 1.5", "at most 0 together", "Lower sleep_actor.num_gpus")

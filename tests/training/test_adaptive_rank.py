@@ -83,3 +83,12 @@ def test_a_mask_that_does_not_fit_its_weights_is_refused(pruned: Cortex, tmp_pat
     save_file(stored, tmp_path / WEIGHTS)
     with pytest.raises(DataError, match=r"does not fit .*0\.addresses"):
         Cortex.from_pretrained(tiny.backbone_config().name, sidecars=tmp_path)
+
+
+def test_addresses_that_are_kept_are_not_pruned() -> None:
+    """Nothing would be known of their use."""
+    model = tiny.model(MEMORY)
+    for sidecar in model.sidecars_by_layer.values():
+        sidecar.addresses.requires_grad_(False)
+    tiny.train(tiny.learner(TRAINING, model), tiny.batches(TRAINING), 6)
+    assert all(mask.all() for mask in live(model))
