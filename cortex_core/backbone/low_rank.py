@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -105,6 +105,7 @@ class LowRankDeltas(nn.Module):
         # Inside a tuple, so that the model does not become a part of this.
         self._on: tuple[Cortex | PreTrainedModel, ...] = ()
         self._off = 0
+        self._learns: Tensor | None = None
 
     # --- on a model, and off it --------------------------------------------------------------------------------------
 
@@ -155,6 +156,16 @@ class LowRankDeltas(nn.Module):
         finally:
             self._off -= 1
 
+    @contextmanager
+    def learning_at(self, tokens: Bool[Tensor, "batch tokens"]) -> Iterator[None]:
+        """Within it, gradients reach them only through what they add at these tokens of the calls, each of which reads
+        as many tokens. At all others it is a constant; what is computed is the same."""
+        before, self._learns = self._learns, tokens
+        try:
+            yield
+        finally:
+            self._learns = before
+
     @property
     def active(self) -> bool:
         """Whether a call of the model would now be changed."""
@@ -168,6 +179,8 @@ class LowRankDeltas(nn.Module):
         if not self.active:
             return output
         delta = inputs[0].float() @ self.down[index].T @ self.up[index].T
+        if self._learns is not None:
+            delta = torch.where(self._learns[..., None], delta, delta.detach())
         return output + (self.scale * delta).to(output.dtype)
 
     # --- values ------------------------------------------------------------------------------------------------------

@@ -38,10 +38,18 @@ class Prompts(NamedTuple):
 def answers(model: Cortex, prompts: Prompts, session: Session | None = None) -> Float[Tensor, "prompts vocab"]:
     """Logits of what comes after each prompt; of the model with what the one row of `session` holds, or with fast
     weights that hold nothing. The session stays as it is."""
+    logits = continuations(model, prompts, session)
+    return logits[torch.arange(len(prompts), device=logits.device), prompts.lengths.to(logits.device) - 1]
+
+
+def continuations(
+    model: Cortex, prompts: Prompts, session: Session | None = None
+) -> Float[Tensor, "prompts width vocab"]:
+    """Likewise, after each token of each prompt; without meaning at padding."""
     device = model.backbone.device
     ids, lengths = (part.to(device) for part in prompts)
     reader = model.new_session(len(prompts)) if session is None else session.repeated(len(prompts))
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     logits = model(input_ids=ids, attention_mask=mask.long(), session=reader).logits
     assert logits is not None
-    return logits[torch.arange(len(prompts), device=device), lengths - 1]
+    return logits

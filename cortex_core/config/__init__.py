@@ -28,6 +28,7 @@ from cortex_core.config.data import (
 from cortex_core.config.dreaming import DreamConfig, JudgeConfig, MemoryGraphConfig, ScenarioConfig
 from cortex_core.config.fast_weights import FastWeightsConfig
 from cortex_core.config.life import LifeConfig
+from cortex_core.config.night import NightConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 from cortex_core.config.training import OptimizerConfig, TrainingConfig, UpdateConfig
 from cortex_core.config.unfreeze import UnfreezeConfig
@@ -48,6 +49,7 @@ __all__ = [
     "JudgeConfig",
     "LifeConfig",
     "MemoryGraphConfig",
+    "NightConfig",
     "NonNegative",
     "OptimizerConfig",
     "PositiveInt",

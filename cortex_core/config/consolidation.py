@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from cortex_core.config.night import NightConfig
 from cortex_core.config.settings import Fraction, NonNegative, PositiveInt, Settings
 
 
@@ -119,7 +120,7 @@ class ScalingConfig(Settings):
     """Largest factor by which one application changes a norm, up or down."""
 
 
-class SleepConfig(Settings):
+class SleepConfig(NightConfig):
     """When a model sleeps, and how it learns meanwhile."""
 
     place: Literal["slow_weights", "backbone"] = "slow_weights"

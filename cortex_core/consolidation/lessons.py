@@ -125,6 +125,20 @@ def lessons(model: Cortex, session: Session, prompts: Prompts, top: int, batch_s
     return Lessons.joined(parts[1:] or parts)
 
 
+@torch.no_grad()
+def lessons_of_text(model: Cortex, rows: Mapping[tuple[int, ...], int], top: int, batch_size: int) -> Lessons:
+    """Without a teacher: after each of these rows of tokens comes this one, and nothing else."""
+    prompts, parts = Prompts.of(list(rows)), [Lessons.none(top)]
+    right = torch.tensor(list(rows.values()), dtype=torch.long)
+    vocab_size = model.backbone.config.get_text_config().vocab_size
+    taught = Taught.answered(right, top, vocab_size)
+    for chosen in torch.arange(len(rows)).split(batch_size) if rows else ():
+        asked = Prompts(*(part[chosen] for part in prompts))
+        told = Taught(*(part[chosen].to(model.backbone.device) for part in taught))
+        parts.append(Lessons(asked, told, told.kl(answers(model, asked))))
+    return Lessons.joined(parts[1:] or parts)
+
+
 def cues(tokens: Sequence[int], first: int, written: Iterable[int], width: int) -> list[list[int]]:
     """For each position that was written, the `width` tokens before it. `tokens` begin at position `first`; positions
     without as many before them are passed over."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
-from cortex_core.backbone.prompts import answers
 from cortex_core.config import SleepConfig
+from cortex_core.consolidation.learning import (
+    LearningAt,
+    Pace,
+    lesson_losses,
+    optimizer_of,
+    slow_learning_at,
+    text_loss,
+)
 from cortex_core.consolidation.lessons import Lessons
 from cortex_core.errors import DataError
 from cortex_core.optim.row_momentum import RowMomentum
@@ -27,6 +36,8 @@ class Evening(NamedTuple):
     """What the day has to teach; not empty."""
     replayed: Sequence[Lessons]
     """Old lessons for each step of the night; some or all may be empty."""
+    text: Int[Tensor, "steps windows width"] | None = None
+    """Ordinary text for each step, if any is mixed in."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, on the CPU, as a file or an actor takes it."""
@@ -34,6 +45,7 @@ class Evening(NamedTuple):
         named = {
             f"{part}.{name}": value for part, lessons in parts.items() for name, value in lessons.tensors().items()
         }
+        named |= {} if self.text is None else {"text.windows": self.text}
         return {name: value.detach().cpu() for name, value in named.items()}
 
     @classmethod
@@ -45,8 +57,8 @@ class Evening(NamedTuple):
             parts.setdefault(part, {})[field] = value.to(device)
         if "tonight" not in parts:
             raise DataError("lessons of a night: there are none of tonight; what they were read from is damaged")
-        tonight = Lessons.from_tensors(parts.pop("tonight"))
-        return cls(tonight, [Lessons.from_tensors(parts[part]) for part in sorted(parts)])
+        tonight, text = Lessons.from_tensors(parts.pop("tonight")), parts.pop("text", {}).get("windows")
+        return cls(tonight, [Lessons.from_tensors(parts[part]) for part in sorted(parts)], text)
 
 
 class Night(NamedTuple):
@@ -83,25 +95,34 @@ def consolidate(
     """Teach the slow weights tonight's lessons among old ones, in a step for each draw of these.
 
     Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
-    says, by gradient descent on the slow weights alone (`RowMomentum`). `penalty` is added to it: an elastic one keeps
-    what old lessons needed. The model is given back as it was; what it learned is the result.
+    says, by gradient descent on the slow weights alone (`RowMomentum`, unless `config.optimizer` is another). `penalty`
+    is added to it: an elastic one keeps what old lessons needed. The model is given back as it was; what it learned is
+    the result.
     """
     values = slow_values(model)
     before = {name: value.detach().clone() for name, value in values.items()}
     losses: list[float] = []
+    learning_at, pace = partial(slow_learning_at, model), Pace(values, config)
     with trained(values):
-        optimizer = RowMomentum(values.values(), config.learning_rate)
-        for old in evening.replayed:
+        optimizer = optimizer_of(values, config, config.learning_rate, RowMomentum)
+        for step, old in enumerate(evening.replayed):
             optimizer.zero_grad(set_to_none=True)
-            loss = distillation_loss(model, evening.tonight, config.batch_size)
+            loss = distillation_loss(model, evening.tonight, config.batch_size, config.gradient, learning_at)
             losses.append(loss.item())
             if len(old):
-                loss = loss + config.replay_weight * distillation_loss(model, old, config.batch_size)
+                replayed = distillation_loss(model, old, config.batch_size, config.gradient, learning_at)
+                loss = loss + config.replay_weight * replayed
+            if evening.text is not None:
+                loss = loss + config.mixed_text_weight * text_loss(model, evening.text[step])
             if penalty is not None:
                 loss = loss + penalty(values)
             loss.backward()
             after_backward()
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * pace.factor(step + 1)
             optimizer.step()
+            pace.stepped()
+        pace.end()
     delta = {name: value.detach() - before[name] for name, value in values.items()}
     with torch.no_grad():
         for name, value in values.items():
@@ -113,12 +134,18 @@ def consolidate(
     )
 
 
-def distillation_loss(model: Cortex, lessons: Lessons, batch_size: int) -> Tensor:
-    """KL of what was taught to what the model with empty fast weights says: mean over lessons, some at a time."""
+def distillation_loss(
+    model: Cortex,
+    lessons: Lessons,
+    batch_size: int,
+    gradient: str = "answer",
+    learning_at: LearningAt = lambda tokens: nullcontext(),
+) -> Tensor:
+    """KL of what was taught to what the model with empty fast weights says: mean over lessons, some at a time.
+    `gradient` and `learning_at` as of `lesson_losses`."""
     total = torch.zeros((), device=model.backbone.device)
     for chosen in torch.arange(len(lessons)).split(batch_size):
-        part = lessons.at(chosen)
-        total = total + part.taught.kl(answers(model, part.prompts)).sum()
+        total = total + lesson_losses(model, lessons.at(chosen), gradient, learning_at).sum()
     return total / len(lessons)
 
 

@@ -16,7 +16,7 @@ from cortex_core.backbone.session import Session
 from cortex_core.config import ReplayConfig, SleepConfig
 from cortex_core.consolidation import sleep
 from cortex_core.consolidation.guard import DriftGuard
-from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
+from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons, lessons_of_text
 from cortex_core.consolidation.replay import Item, ReplayBuffer
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
@@ -24,6 +24,8 @@ SCHEMA = "cortex-sleeper/1"
 SESSION, REPLAY, SLOW = "session.safetensors", "replay.safetensors", "slow.safetensors"
 LOG_WRITES = 4096
 """Writes of a day that can give a question; it sleeps before there are as many, whatever was agreed."""
+READ_TOKENS = 16
+"""Tokens of text behind which a written one is learned, where nobody answers questions."""
 
 Encode = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens."""
@@ -77,11 +79,12 @@ class Sleeper:
         encode: Encode,
         guard: DriftGuard | None = None,
         dreams: DreamSource | None = None,
+        mixed_text: Tensor | None = None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """`encode` is for the words of the questions; `dreams` for `sleep.dream_frac`; `after_backward` is called where
-        shards are to be let go. Without a `guard` every night counts. Raises ConfigError for a memory that cannot have
-        slow weights."""
+        """`encode` is for the words of the questions; `dreams` for `sleep.dream_frac`; `mixed_text` [windows, width]
+        for `sleep.mixed_text_weight`; `after_backward` is called where shards are to be let go. Without a `guard` every
+        night counts. Raises ConfigError for a memory that cannot have slow weights."""
         self.model, self.config = model, config or SleepConfig()
         self._grow()
         self.buffer = ReplayBuffer(replay or ReplayConfig())
@@ -89,6 +92,11 @@ class Sleeper:
         self.guard, self.dreams, self._after_backward = guard, dreams, after_backward
         if self.config.dream_frac and dreams is None:
             raise ConfigError(f"dream_frac = {self.config.dream_frac}: needs `dreams`; give them, or set it to 0")
+        self._mixed_text = mixed_text
+        if self.config.mixed_text_weight and (mixed_text is None or not len(mixed_text)):
+            raise ConfigError(
+                f"mixed_text_weight = {self.config.mixed_text_weight}: needs `mixed_text`; give some, or set it to 0"
+            )
         self.num_nights = self.num_undone = 0
         self.encode = encode
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
@@ -148,7 +156,7 @@ class Sleeper:
         self.session.wipe()
         position = int(self.session.start_tokens[0])
         self._day, self._began = self._day[position - self._began :], position
-        return sleep.Evening(tonight, replayed), metrics
+        return sleep.Evening(tonight, replayed, self._text_of(steps)), metrics
 
     def learn(self, evening: sleep.Evening, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
         """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
@@ -167,16 +175,39 @@ class Sleeper:
 
     def lessons(self) -> Lessons:
         """What there is to learn tonight, most of it first."""
-        asked = dict.fromkeys((*words, *cue) for words in self._questions for cue in self._cues())
         config = self.config
-        found = lessons(self.model, self.session, Prompts.of(list(asked)), config.top_tokens, config.batch_size)
+        if config.teacher:
+            asked = dict.fromkeys((*words, *cue) for words in self._questions for cue in self._cues())
+            found = lessons(self.model, self.session, Prompts.of(list(asked)), config.top_tokens, config.batch_size)
+        else:
+            found = lessons_of_text(self.model, self._read_by_day(), config.top_tokens, config.batch_size)
         order = found.gain_nats.argsort(descending=True, stable=True)
         worth = order[found.gain_nats[order] >= config.min_gain_nats]
         return found.at(worth[: config.max_lessons])
 
     def _cues(self) -> list[list[int]]:
-        strong = [write.position for write in self.session.writes() if write.strength >= self.config.min_write]
-        return cues(self._day, self._began, strong, self.config.cue_tokens)
+        return cues(self._day, self._began, self._written(), self.config.cue_tokens)
+
+    def _written(self) -> list[int]:
+        return [write.position for write in self.session.writes() if write.strength >= self.config.min_write]
+
+    def _read_by_day(self) -> dict[tuple[int, ...], int]:
+        """Tokens that were written, each behind the text before it and behind each question about its cue."""
+        day, rows = self._day, dict[tuple[int, ...], int]()
+        for at in sorted({position - self._began for position in self._written()}):
+            if at >= self.config.cue_tokens:
+                cue = day[at - self.config.cue_tokens : at]
+                behind = [tuple(day[max(0, at - READ_TOKENS) : at]), *((*words, *cue) for words in self._questions)]
+                rows |= dict.fromkeys(behind, day[at])
+        return rows
+
+    def _text_of(self, steps: int) -> Tensor | None:
+        """For each step of the coming night [steps, windows, width], drawn anew, as the number of the night says."""
+        if self._mixed_text is None or not self.config.mixed_text_weight or not steps:
+            return None
+        drawn = torch.Generator().manual_seed(self.num_nights)
+        shape = (steps, self.config.mixed_text_windows)
+        return self._mixed_text[torch.randint(len(self._mixed_text), shape, generator=drawn)]
 
     def _merge(self, night: sleep.Night, metrics: dict[str, float]) -> bool:
         values = sleep.slow_values(self.model)

@@ -18,8 +18,9 @@ from torch.optim import Adam, Optimizer
 from cortex_core.backbone.low_rank import LowRankDeltas
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
-from cortex_core.config import UnfreezeConfig
+from cortex_core.config import NightConfig, UnfreezeConfig
 from cortex_core.consolidation.guard import DriftGuard, Guard, ProbeGuard
+from cortex_core.consolidation.learning import Pace, optimizer_of, text_loss
 from cortex_core.consolidation.lessons import Lessons
 from cortex_core.consolidation.sleep import distillation_loss, trained
 from cortex_core.errors import ConfigError
@@ -69,32 +70,41 @@ def unfreeze(
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
+    night: NightConfig | None = None,
+    text: Tensor | None = None,
 ) -> Unfrozen:
     """Teach deltas that are attached to `model` `tonight`, among old lessons that `replay(at most so many)` draws.
 
     The loss is that of sleep and, if there is one, `anchor(model)`, such as a `TextAnchor`; the optimizer is Adam on
-    the deltas alone; `after_backward` is called where shards are to be let go. A step after which the model lies
-    outside the region is undone to the bit, with the optimizer's moments, and tried again half as long; after
-    `max_backtracks` of these learning stops. However this ends, by an exception too, the model lies inside.
+    the deltas alone. `night` may say otherwise; `text` is what it mixes in, for each step. `after_backward` is called
+    where shards are to be let go. A step after which the model lies outside the region is undone to the bit, with the
+    optimizer's moments, and tried again half as long; after `max_backtracks` of these learning stops. However this
+    ends, by an exception too, the model lies inside.
 
     Raises ConfigError: no lessons, deltas that are not on `model`, or a model that lies outside to begin with.
     """
     _check_start(model, deltas, tonight, region)
     values, rate, log = deltas.values(), config.learning_rate, []
     before = {name: value.detach().clone() for name, value in values.items()}
+    night = night or NightConfig()
+    pace = Pace(values, night)
     with trained(values):
-        optimizer = Adam(values.values(), lr=rate, betas=(0.9, 0.98))
+        optimizer = optimizer_of(values, night, rate, Adam)
         for number in range(1, config.steps + 1):
-            loss = _set_gradients(model, values, tonight, replay, config, anchor)
+            mixed = None if text is None else text[number - 1]
+            loss = _set_gradients(model, deltas, tonight, replay(config.replayed), config, anchor, night, mixed)
             after_backward()
             for _ in range(config.max_backtracks + 1):
-                log.append(_tried(model, deltas, optimizer, region, number, rate, loss))
+                log.append(_tried(model, deltas, optimizer, region, number, rate * pace.factor(number), loss))
                 if log[-1].kept:
                     rate = min(2 * rate, config.learning_rate)
+                    pace.stepped()
                     break
                 rate /= 2
             else:
                 break
+    if night.ema_decay:
+        _end_inside(model, values, region, pace)
     moved = torch.stack([(value - before[name]).norm().cpu() for name, value in values.items()]).norm()
     return Unfrozen(_metrics(log, float(moved), measured(model, region)), log)
 
@@ -120,23 +130,37 @@ def _check_start(model: Cortex, deltas: LowRankDeltas, tonight: Lessons, region:
 
 def _set_gradients(
     model: Cortex,
-    values: Mapping[str, Tensor],
+    deltas: LowRankDeltas,
     tonight: Lessons,
-    replay: Callable[[int], Lessons | None],
+    old: Lessons | None,
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None,
+    night: NightConfig,
+    text: Tensor | None,
 ) -> float:
     """Of the deltas and of nothing else, although the sidecars could have some. Returns tonight's loss."""
-    loss = total = distillation_loss(model, tonight, config.batch_size)
-    old = replay(config.replayed)
+    size, gradient, at, values = config.batch_size, night.gradient, deltas.learning_at, deltas.values()
+    loss = total = distillation_loss(model, tonight, size, gradient, at)
     if old is not None and len(old):
-        total = loss + config.replay_weight * distillation_loss(model, old, config.batch_size)
+        total = loss + config.replay_weight * distillation_loss(model, old, size, gradient, at)
+    if text is not None:
+        total = total + night.mixed_text_weight * text_loss(model, text)
     if anchor is not None:
         total = total + anchor(model)
     gradients = torch.autograd.grad(total, list(values.values()), materialize_grads=True)
-    for value, gradient in zip(values.values(), gradients, strict=True):
-        value.grad = gradient
+    for value, gradient_of in zip(values.values(), gradients, strict=True):
+        value.grad = gradient_of
     return loss.item()
+
+
+@torch.no_grad()
+def _end_inside(model: Cortex, values: Mapping[str, Tensor], region: Region, pace: Pace) -> None:
+    """End with the night's average, unless that lies outside: the region need not be convex."""
+    last = {name: value.detach().clone() for name, value in values.items()}
+    pace.end()
+    if not all(region[name].allows(drift) for name, drift in measured(model, region).items()):
+        for name, value in values.items():
+            value.copy_(last[name])
 
 
 def _tried(

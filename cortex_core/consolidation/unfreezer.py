@@ -40,7 +40,7 @@ class Unfreezer(Sleeper):
         of this model (`trust_region`). Steps and replay of a night are those of `unfreezing`. `backbone` is its
         fingerprint, where it is sharded. The rest as of `Sleeper`."""
         settings = config.model_copy(update={"steps": unfreezing.steps, "replayed": unfreezing.replayed})
-        super().__init__(model, settings, replay, **rest)
+        super().__init__(model, settings, replay, mixed_text=text, **rest)
         self.unfreezing, self._region, self._text, self._backbone = unfreezing, region, text, backbone
         self._anchor = TextAnchor(text, unfreezing) if unfreezing.text_weight else None
         self.deltas: LowRankDeltas | None = None
@@ -66,8 +66,9 @@ class Unfreezer(Sleeper):
             return next(old)
 
         learned = unfreeze(
-            self.model, self.deltas, lessons, replay, self._region, config, self._anchor, self._after_backward
-        )
+            self.model, self.deltas, lessons, replay, self._region, config, self._anchor, self._after_backward,
+            self.config, evening.text,
+        )  # fmt: skip
         rollbacks = int(learned.metrics["unfreeze/rollbacks"])
         self.num_rollbacks += rollbacks
         return Slept(learned.metrics, kept=learned.metrics["unfreeze/steps"] > 0)

@@ -21,8 +21,8 @@ from cortex_core.tasks.filler import Filler, TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.dreams import Dreams
 
-ASKED_AT_ONCE, GUARD_TOKENS = 128, 256
-_LEAD_STREAM, _GUARD_STREAM = 31, 37
+ASKED_AT_ONCE, GUARD_TOKENS, MIXED_WINDOWS = 128, 256, 64
+_LEAD_STREAM, _GUARD_STREAM, _MIXED_STREAM = 31, 37, 41
 
 
 class Day(NamedTuple):
@@ -119,4 +119,14 @@ def new_sleeper(
     windows = [filler.tokens((number, _GUARD_STREAM), tokens) for number in range(sleep.guard_windows)]
     guard = DriftGuard(torch.tensor(np.stack(windows)), sleep.max_drift_nats) if windows else None
     remembered = dreams(model, dream or DreamConfig(), sleep, encode(sleep.questions[0]))
-    return kind(model, sleep, replay, encode=encode, guard=guard, dreams=remembered, after_backward=after_backward)
+    text = mixed_text(model, corpus) if sleep.mixed_text_weight else None
+    return kind(
+        model, sleep, replay, encode=encode, guard=guard, dreams=remembered, mixed_text=text,
+        after_backward=after_backward,
+    )  # fmt: skip
+
+
+def mixed_text(model: Cortex, corpus: Corpus) -> torch.Tensor:
+    """Windows of text for training, of which nights may mix some in."""
+    filler, tokens = TextFiller(corpus, "train"), min(GUARD_TOKENS, model.segment_tokens)
+    return torch.tensor(np.stack([filler.tokens((n, _MIXED_STREAM), tokens) for n in range(MIXED_WINDOWS)]))

@@ -17,7 +17,7 @@ from torch.optim import Adam
 from cortex_core.backbone.low_rank import LowRankDeltas, linear_modules
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
-from cortex_core.config import UnfreezeConfig
+from cortex_core.config import NightConfig, UnfreezeConfig
 from cortex_core.consolidation import unfreeze as module
 from cortex_core.consolidation.guard import DriftGuard, ProbeGuard
 from cortex_core.consolidation.lessons import Lessons
@@ -172,7 +172,7 @@ def test_moments_are_rolled_back_and_the_same_gradient_tried_again(monkeypatch: 
     with module.trained(plain.values()):
         optimizer = Adam(plain.values().values(), lr=0.01, betas=(0.9, 0.98))
         for rate in (0.01, 0.0025):
-            module._set_gradients(plain_model, plain.values(), lessons, nothing, config, None)
+            module._set_gradients(plain_model, plain, lessons, None, config, None, NightConfig(), None)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
     assert same(weights(deltas), weights(plain))
