@@ -23,11 +23,13 @@ from cortex_core.config import (
     DreamConfig,
     EvaluationConfig,
     FastWeightsConfig,
+    FisherConfig,
     JudgeConfig,
     LifeConfig,
     MemoryGraphConfig,
     OptimizerConfig,
     ReplayConfig,
+    ScalingConfig,
     ScenarioConfig,
     SegmentsConfig,
     Settings,
@@ -100,6 +102,10 @@ class RunConfig(Settings):
     """What a few numbers keep of such a part, with `stage=codes`."""
     unfreeze: UnfreezeConfig = UnfreezeConfig()
     """How the backbone may change by night, with `sleep.place=backbone`."""
+    fisher: FisherConfig = FisherConfig()
+    """How firmly slow weights are held to what earlier nights have learned."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Synaptic scaling of slow weights, after each night."""
     replay: ReplayConfig = ReplayConfig()
     """What is kept of earlier days for sleep."""
     memory_graph: MemoryGraphConfig = MemoryGraphConfig()

@@ -80,7 +80,7 @@ class Living:
             dreams = {"dreams": partial(PooledDreams, pool=pool, **common(config.dream_actors))}
         sleeper = new_sleeper(
             model, lambda text: tokenizer(text, add_special_tokens=False).input_ids, corpus, config.sleep,
-            config.replay, config.dream, after_backward,
+            config.replay, config.dream, after_backward, fisher=config.fisher, scaling=config.scaling,
             kind=partial(
                 AwaySleeper, nights=nights, config_of_nights=config.sleep_actor, **common(config.sleep_actor)
             ),

@@ -54,7 +54,10 @@ def sleep(config: RunConfig, edge: Edge) -> None:
             shards.release, backbone,
         )  # fmt: skip
     else:
-        sleeper = new_sleeper(model, encode, corpus, config.sleep, config.replay, config.dream, shards.release)
+        sleeper = new_sleeper(
+            model, encode, corpus, config.sleep, config.replay, config.dream, shards.release, fisher=config.fisher,
+            scaling=config.scaling,
+        )  # fmt: skip
     life = Life(sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
     history = History(life)
     with edge.resume_from() as folder:

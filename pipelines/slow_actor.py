@@ -57,7 +57,8 @@ class SlowConsolidator:
         """The change of the slow weights, by name, on the CPU. No random numbers are drawn: `seed` changes nothing."""
         put(self._model, snapshot)
         evening = Evening.from_tensors(lessons, self._model.backbone.device)
-        return {name: d.cpu() for name, d in consolidate(self._model, evening, self._config.sleep).delta.items()}
+        night = consolidate(self._model, evening, self._config.sleep, scaling=self._config.scaling)
+        return {name: change.cpu() for name, change in night.delta.items()}
 
 
 def consolidator(config: RunConfig) -> partial[Consolidator]:

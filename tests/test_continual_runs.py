@@ -62,13 +62,15 @@ def test_ewc_holds_what_the_task_before_has_learned(subject: Subject) -> None:
     reader = way("ewc", subject, SMALL, Rates(elastic_weight=1e3)).sleeper
     assert isinstance(reader, Elastic)
     reader.read(sleepers.stream(1))
-    assert reader.fisher.num_epochs == 0 and reader.fisher.trace == 0
+    assert reader._held.fisher.num_epochs == 0 and reader._held.fisher.trace == 0
     reader.task_over()
-    assert reader.fisher.num_epochs == 1 and reader.fisher.trace > 0
-    (name,) = reader.fisher.anchors
-    anchor = reader.fisher.anchors[name]
-    assert float(reader._held({name: anchor})) == 0 < float(reader._held({name: anchor + 1}))
-    untouched = reader.fisher.values[name].sum(1) == 0
+    assert reader._held.fisher.num_epochs == 1 and reader._held.fisher.trace > 0
+    (name,) = reader._held.fisher.anchors
+    anchor = reader._held.fisher.anchors[name]
+    held = reader._held.held()
+    assert held is not None
+    assert float(held.penalty({name: anchor})) == 0 < float(held.penalty({name: anchor + 1}))
+    untouched = reader._held.fisher.values[name].sum(1) == 0
     assert untouched.any() and bool((anchor[untouched] == 0).any())
 
 

@@ -93,8 +93,10 @@ class ReplayConfig(Settings):
 class FisherConfig(Settings):
     """How slow weights are held to where they were: a quadratic penalty, by the diagonal of the Fisher matrix."""
 
-    weight: NonNegative = 1.0
-    """Factor of the penalty. 0 turns it off."""
+    weight: NonNegative = 0.0
+    """Factor of the penalty. 0 turns it off, and nothing is measured."""
+    epoch_nights: PositiveInt = 8
+    """Nights of a consolidation epoch: after so many, what they have learned is held as well, and the anchor moves."""
     decay: Fraction = 0.9
     """What one consolidation epoch leaves of the estimate before it. 1 sums all epochs, 0 knows the last one alone."""
     damping: NonNegative = 0.0

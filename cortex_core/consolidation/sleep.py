@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
-from cortex_core.config import SleepConfig
+from cortex_core.config import ScalingConfig, SleepConfig
 from cortex_core.consolidation.learning import (
     LearningAt,
     Pace,
@@ -22,11 +22,25 @@ from cortex_core.consolidation.learning import (
     text_loss,
 )
 from cortex_core.consolidation.lessons import Lessons
+from cortex_core.consolidation.scaling import scaled
 from cortex_core.errors import DataError
 from cortex_core.optim.row_momentum import RowMomentum
 
 SlowValues = Mapping[str, Tensor]
 """The slow weights of all memories, by name; what sleep changes, and nothing else."""
+
+
+class Held(NamedTuple):
+    """What holds slow weights where they are: an elastic penalty, sum of importance / 2 x (value - anchor)^2."""
+
+    importance: Mapping[str, Tensor]
+    """By name of the slow weights. Not negative."""
+    anchor: Mapping[str, Tensor]
+
+    def penalty(self, values: SlowValues) -> Tensor:
+        """To be added to a loss."""
+        parts = [(self.importance[n] * (value - self.anchor[n]).square()).sum() for n, value in values.items()]
+        return 0.5 * torch.stack(parts).sum()
 
 
 class Evening(NamedTuple):
@@ -38,6 +52,8 @@ class Evening(NamedTuple):
     """Old lessons for each step of the night; some or all may be empty."""
     text: Int[Tensor, "steps windows width"] | None = None
     """Ordinary text for each step, if any is mixed in."""
+    held: Held | None = None
+    """What earlier nights have learned that may not be moved freely."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, on the CPU, as a file or an actor takes it."""
@@ -46,6 +62,8 @@ class Evening(NamedTuple):
             f"{part}.{name}": value for part, lessons in parts.items() for name, value in lessons.tensors().items()
         }
         named |= {} if self.text is None else {"text.windows": self.text}
+        for part, of in self.held._asdict().items() if self.held else ():
+            named |= {f"{part}.{name}": value for name, value in of.items()}
         return {name: value.detach().cpu() for name, value in named.items()}
 
     @classmethod
@@ -58,7 +76,9 @@ class Evening(NamedTuple):
         if "tonight" not in parts:
             raise DataError("lessons of a night: there are none of tonight; what they were read from is damaged")
         tonight, text = Lessons.from_tensors(parts.pop("tonight")), parts.pop("text", {}).get("windows")
-        return cls(tonight, [Lessons.from_tensors(parts[part]) for part in sorted(parts)], text)
+        importance, anchor = parts.pop("importance", None), parts.pop("anchor", None)
+        held = Held(importance, anchor) if importance and anchor else None
+        return cls(tonight, [Lessons.from_tensors(parts[part]) for part in sorted(parts)], text, held)
 
 
 class Night(NamedTuple):
@@ -91,13 +111,14 @@ def consolidate(
     config: SleepConfig,
     penalty: Callable[[SlowValues], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
+    scaling: ScalingConfig | None = None,
 ) -> Night:
     """Teach the slow weights tonight's lessons among old ones, in a step for each draw of these.
 
     Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
-    says, by gradient descent on the slow weights alone (`RowMomentum`, unless `config.optimizer` is another). `penalty`
-    is added to it: an elastic one keeps what old lessons needed. The model is given back as it was; what it learned is
-    the result.
+    says, by gradient descent on the slow weights alone (`RowMomentum`, unless `config.optimizer` is another). What
+    is held (`Evening.held`) and any other `penalty` are added to it. In the end each slot's values are scaled towards a
+    norm, if `scaling` says so. The model is given back as it was; what it learned is the result.
     """
     values = slow_values(model)
     before = {name: value.detach().clone() for name, value in values.items()}
@@ -114,8 +135,8 @@ def consolidate(
                 loss = loss + config.replay_weight * replayed
             if evening.text is not None:
                 loss = loss + config.mixed_text_weight * text_loss(model, evening.text[step])
-            if penalty is not None:
-                loss = loss + penalty(values)
+            for held in (penalty, evening.held and evening.held.penalty):
+                loss = loss if held is None else loss + held(values)
             loss.backward()
             after_backward()
             for group in optimizer.param_groups:
@@ -123,6 +144,10 @@ def consolidate(
             optimizer.step()
             pace.stepped()
         pace.end()
+    if scaling is not None and scaling.rate:
+        with torch.no_grad():
+            for value in values.values():
+                value.copy_(scaled(value, scaling))
     delta = {name: value.detach() - before[name] for name, value in values.items()}
     with torch.no_grad():
         for name, value in values.items():

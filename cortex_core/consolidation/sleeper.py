@@ -13,11 +13,13 @@ from cortex_core import files
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
 from cortex_core.backbone.session import Session
-from cortex_core.config import ReplayConfig, SleepConfig
+from cortex_core.config import FisherConfig, ReplayConfig, ScalingConfig, SleepConfig
 from cortex_core.consolidation import sleep
+from cortex_core.consolidation.elastic import ElasticWeights
 from cortex_core.consolidation.guard import DriftGuard
-from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons, lessons_of_text
-from cortex_core.consolidation.replay import Item, ReplayBuffer
+from cortex_core.consolidation.lessons import Lessons, cues, lessons, lessons_of_text
+from cortex_core.consolidation.old_lessons import keep, lessons_of
+from cortex_core.consolidation.replay import ReplayBuffer
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
 SCHEMA = "cortex-sleeper/1"
@@ -80,11 +82,14 @@ class Sleeper:
         guard: DriftGuard | None = None,
         dreams: DreamSource | None = None,
         mixed_text: Tensor | None = None,
+        fisher: FisherConfig | None = None,
+        scaling: ScalingConfig | None = None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         """`encode` is for the words of the questions; `dreams` for `sleep.dream_frac`; `mixed_text` [windows, width]
         for `sleep.mixed_text_weight`; `after_backward` is called where shards are to be let go. Without a `guard` every
-        night counts. Raises ConfigError for a memory that cannot have slow weights."""
+        night counts; without `fisher` and `scaling` nothing is held or scaled. Raises ConfigError for a memory that
+        cannot have slow weights."""
         self.model, self.config = model, config or SleepConfig()
         self._grow()
         self.buffer = ReplayBuffer(replay or ReplayConfig())
@@ -97,6 +102,9 @@ class Sleeper:
             raise ConfigError(
                 f"mixed_text_weight = {self.config.mixed_text_weight}: needs `mixed_text`; give some, or set it to 0"
             )
+        holds = fisher is not None and fisher.weight > 0
+        self.elastic = ElasticWeights(model, fisher, after_backward) if fisher is not None and holds else None
+        self._scaling = scaling
         self.num_nights = self.num_undone = 0
         self.encode = encode
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
@@ -156,19 +164,22 @@ class Sleeper:
         self.session.wipe()
         position = int(self.session.start_tokens[0])
         self._day, self._began = self._day[position - self._began :], position
-        return sleep.Evening(tonight, replayed, self._text_of(steps)), metrics
+        held = self.elastic.held() if self.elastic is not None else None
+        return sleep.Evening(tonight, replayed, self._text_of(steps), held), metrics
 
     def learn(self, evening: sleep.Evening, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
         """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
         readers that learn in another way."""
-        night = sleep.consolidate(self.model, evening, self.config, penalty, self._after_backward)
+        night = sleep.consolidate(self.model, evening, self.config, penalty, self._after_backward, self._scaling)
         metrics = dict(night.metrics)
         return Slept(metrics, self._merge(night, metrics))
 
     def morning(self, evening: sleep.Evening, kept: bool) -> None:
         """What was learned is an old lesson from here on, if it was `kept`."""
         if kept and self.config.dream_frac < 1:
-            self._keep(evening.tonight)
+            keep(self.buffer, evening.tonight)
+        if kept and self.elastic is not None:
+            self.elastic.learned(evening.tonight)
         self.buffer.sleep_passed()
         self.num_nights += 1
         self.num_undone += not kept
@@ -234,6 +245,8 @@ class Sleeper:
         self.buffer.save(folder / REPLAY)
         if self.dreams is not None:
             self.dreams.save(folder)
+        if self.elastic is not None:
+            self.elastic.save(folder)
         notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
         files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
 
@@ -254,26 +267,19 @@ class Sleeper:
         day, counters = _counters(folder / SLOW, notes)
         if self.dreams is not None:
             self.dreams.load(folder)
+        if self.elastic is not None:
+            self.elastic.load(folder)
         for name, value in values.items():
             value.data.copy_(found[name])
         self.session, self.buffer, self._day = session, buffer, day
         self.num_nights, self.num_undone, self._began = counters
-
-    def _keep(self, tonight: Lessons) -> None:
-        for at in range(len(tonight)):
-            gain = float(tonight.gain_nats[at])
-            length = int(tonight.prompts.lengths[at])
-            tensors = {"prompt": tonight.prompts.input_ids[at, :length]} | {
-                name: part[at] for name, part in tonight.taught._asdict().items()
-            }
-            self.buffer.add(tensors, importance=gain, surprise=gain)
 
     def _replayed(self, most: int) -> Lessons:
         dreamed, parts = round(self.config.dream_frac * most), []
         if dreamed and self.dreams is not None:
             parts.append(self.dreams.draw(dreamed))
         if most > dreamed and len(self.buffer):
-            parts.append(_from_items(self.buffer.draw(most - dreamed), self.model.backbone.device))
+            parts.append(lessons_of(self.buffer.draw(most - dreamed), self.model.backbone.device))
         return Lessons.joined(parts) if parts else Lessons.none(self.config.top_tokens)
 
 
@@ -282,12 +288,3 @@ def _counters(path: Path, notes: Mapping[str, Any]) -> tuple[list[int], list[int
     if not isinstance(day, list) or any(type(number) is not int or number < 0 for number in [*day, *counters]):
         raise DataError(f"{path}: its counters {counters} or the tokens of its day are damaged")
     return day, [int(counter or 0) for counter in counters]
-
-
-def _from_items(items: Sequence[Item], device: torch.device) -> Lessons:
-    rows = [item.tensors["prompt"] for item in items]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    taught = Taught(*(torch.stack([item.tensors[name] for item in items]).to(device) for name in Taught._fields))
-    gains = torch.tensor([item.importance for item in items], device=device)
-    return Lessons(Prompts(ids, lengths), taught, gains)

@@ -6,18 +6,16 @@ None is guarded; a guard could only take something away from what they learn.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cortex_core.backbone.low_rank import LowRankDeltas, linear_modules
-from cortex_core.backbone.prompts import Prompts, answers
+from cortex_core.backbone.prompts import Prompts
 from cortex_core.config import FisherConfig, UnfreezeConfig
-from cortex_core.consolidation.fisher import FisherDiagonal
+from cortex_core.consolidation.elastic import ElasticWeights
 from cortex_core.consolidation.lessons import Lessons, Taught
-from cortex_core.consolidation.sleep import Evening, SlowValues, distillation_loss, slow_values, trained
+from cortex_core.consolidation.sleep import Evening, distillation_loss, slow_values, trained
 from cortex_core.consolidation.sleeper import Sleeper, Slept
 from cortex_core.consolidation.unfreeze import unfreeze
 from cortex_core.optim.row_momentum import RowMomentum
@@ -32,33 +30,19 @@ class Elastic(Sleeper):
     def __init__(self, *args: Any, fisher: FisherConfig, **kwargs: Any) -> None:
         """`fisher.weight` is EWC's λ; the rest as of `Sleeper`."""
         super().__init__(*args, **kwargs)
-        self.fisher_config = fisher
-        self.fisher = FisherDiagonal.empty(slow_values(self.model))
+        self._held = ElasticWeights(self.model, fisher)
         self._learned: list[Lessons] = []
 
     def learn(self, evening: Evening, penalty: Any = None) -> Slept:
         self._learned.append(evening.tonight)
-        return super().learn(evening, self._held if self.fisher.num_epochs else None)
-
-    def _held(self, values: SlowValues) -> Tensor:
-        return self.fisher.penalty(values, self.fisher_config)
+        return super().learn(evening._replace(held=self._held.held()), penalty)
 
     def task_over(self) -> None:
         """Measure what the task's lessons depend on, and hold it from here on."""
-        values = slow_values(self.model)
-        sums = {name: torch.zeros_like(value) for name, value in values.items()}
-        learned, self._learned = self._learned, []
-        count = 0
-        for lessons in learned:
-            for row in range(len(lessons)):
-                one = lessons.at(torch.tensor([row]))
-                with trained(values):
-                    nats = answers(self.model, one.prompts).float().log_softmax(-1)
-                    gradients = torch.autograd.grad(-nats[0, one.taught.top_ids[0, 0]], list(values.values()))
-                for name, gradient in zip(values, gradients, strict=True):
-                    sums[name] += gradient.square()
-                count += 1
-        self.fisher = replace(self.fisher, sums=sums, num_examples=count).anchor(values, self.fisher_config)
+        for lessons in self._learned:
+            self._held.observe(lessons)
+        self._learned = []
+        self._held.anchor()
 
 
 class Rehearser(Sleeper):

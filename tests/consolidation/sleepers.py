@@ -13,6 +13,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import BackboneConfig, DataConfig, ReplayConfig, SleepConfig
 from cortex_core.consolidation.guard import DriftGuard
+from cortex_core.consolidation.lessons import Lessons, Taught
 from cortex_core.consolidation.sleeper import Sleeper
 from cortex_core.tasks.corpus import Corpus, load_corpus
 from cortex_core.tasks.fact_book import FactBook
@@ -75,3 +76,9 @@ def right(model: Cortex, facts: slice = slice(None), lead: tuple[int, ...] = ())
     asked = book().facts[facts]
     found = answers(model, Prompts.of([[*lead, *book().question(fact)] for fact in asked])).argmax(-1)
     return (found == torch.tensor([fact.value for fact in asked])).float().mean().item()
+
+
+def a_lesson(model: Cortex) -> Lessons:
+    """One question, with the answer that the model gives anyway."""
+    prompts = Prompts.of([book().question(book().facts[0])])
+    return Lessons(prompts, Taught.from_logits(answers(model, prompts).detach(), QUICK.top_tokens), torch.ones(1))
