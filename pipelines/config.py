@@ -76,6 +76,9 @@ class RunConfig(Settings):
     sidecars: Annotated[str, Field(min_length=1)] | None = None
     """Folder of trained sidecars to begin with, or `builtin:...`; null begins with new ones. `fast_weights` are theirs.
     `cortex sleep` sets it to those of the run it is given."""
+    coder: Annotated[str, Field(min_length=1)] | None = None
+    """File that `stage=codes` has left, codes.safetensors: nights go on training it on what they have read; null has
+    none. What is learned of facts does not depend on it."""
     backbone: BackboneConfig = BackboneConfig()
     """The frozen language model."""
     fast_weights: FastWeightsConfig = FastWeightsConfig()
@@ -224,6 +227,8 @@ def located(config: RunConfig) -> RunConfig:
     `backbone.name` is a folder if there is one of that name; otherwise it is a hub id, or ships with the package.
     """
     path, name, deepspeed = config.data.path, config.backbone.name, config.sharding.deepspeed
+    if config.coder is not None:
+        config = config.model_copy(update={"coder": str(_absolute(config.coder))})
     if config.sidecars is not None and not config.sidecars.startswith(BUILTIN):
         config = config.model_copy(update={"sidecars": str(_absolute(config.sidecars))})
     folder = _absolute(name)

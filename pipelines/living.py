@@ -20,6 +20,7 @@ from cortex_core.training.life import Day, Life, new_sleeper
 from pipelines.actor_config import CrewConfig
 from pipelines.away import AwaySleeper, PooledDreams
 from pipelines.beside import open_nights, open_pool
+from pipelines.coding import night_codes
 from pipelines.config import RunConfig
 from pipelines.dreaming import source
 from pipelines.life_history import History, document_of
@@ -37,7 +38,7 @@ PATIENT_FRAC = 0.9
 
 @contextmanager
 def opened(
-    config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, after_backward: Callable[[], None]
+    config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, backbone: str, after_backward: Callable[[], None]
 ) -> Iterator[Living | None]:
     """The life of a run, with its actors; None if it has none. Before `model` is replicated."""
     if not config.life.beside_training:
@@ -51,7 +52,7 @@ def opened(
             nights = actors.enter_context(open_nights(consolidator(config), config.sleep_actor))
             if dreaming:
                 pool = actors.enter_context(open_pool(source(config), config.dream_actors, name=DREAM_ACTORS))
-        yield Living(config, edge, model, corpus, after_backward, nights, pool)
+        yield Living(config, edge, model, corpus, backbone, after_backward, nights, pool)
 
 
 def keep_addresses(model: Cortex) -> None:
@@ -64,8 +65,8 @@ class Living:
     """A life that is as far as training is. Every worker has one; the actors are the first one's."""
 
     def __init__(
-        self, config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, after_backward: Callable[[], None],
-        nights: Nights | None, pool: Pool | None,
+        self, config: RunConfig, edge: Edge, model: Cortex, corpus: Corpus, backbone: str,
+        after_backward: Callable[[], None], nights: Nights | None, pool: Pool | None,
     ) -> None:  # fmt: skip
         """`model` gets slow weights, unless it has some. Raises ConfigError, DataError."""
         tokenizer = load_tokenizer(config.backbone)
@@ -81,6 +82,7 @@ class Living:
         sleeper = new_sleeper(
             model, lambda text: tokenizer(text, add_special_tokens=False).input_ids, corpus, config.sleep,
             config.replay, config.dream, after_backward, fisher=config.fisher, scaling=config.scaling,
+            codes=night_codes(config, model, backbone),
             kind=partial(
                 AwaySleeper, nights=nights, config_of_nights=config.sleep_actor, **common(config.sleep_actor)
             ),

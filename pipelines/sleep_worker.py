@@ -25,6 +25,7 @@ from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training import checkpoint
 from cortex_core.training.life import Life, new_sleeper
 from cortex_core.training.unfreezing import new_unfreezer
+from pipelines.coding import night_codes
 from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig
 from pipelines.disk import room_for
 from pipelines.life_history import History, document_of
@@ -56,7 +57,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
     else:
         sleeper = new_sleeper(
             model, encode, corpus, config.sleep, config.replay, config.dream, shards.release, fisher=config.fisher,
-            scaling=config.scaling,
+            scaling=config.scaling, codes=night_codes(config, model, backbone),
         )  # fmt: skip
     life = Life(sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
     history = History(life)

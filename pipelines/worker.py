@@ -79,7 +79,7 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
     else:
         begin_with(model, config, backbone)
     shards.release()
-    with living.opened(config, edge, model, corpus, shards.release) as life:
+    with living.opened(config, edge, model, corpus, backbone, shards.release) as life:
         if model.fast_weights.slow_slots:
             living.keep_addresses(model)
         objective = replicate(ReadingLoss(model, config.training))

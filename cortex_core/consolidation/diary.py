@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import SegmentsConfig
-from cortex_core.consolidation.record import Chunk, Opened, Segment, record, states_of_session
+from cortex_core.consolidation.record import Chunk, Opened, Segment, finish, record, states_of_session
 from cortex_core.consolidation.segments import Marks, SegmentState, detect
 from cortex_core.errors import ConfigError
 
@@ -48,6 +48,18 @@ class Diary:
                 "tokens"
             )
         return [segment for window in input_ids.split(width, dim=1) for segment in self._window(window, step)]
+
+    @torch.no_grad()
+    def finish(self, step: int = 0) -> list[Segment]:
+        """The segments of the last window, and what is still open. A token more is read, for a window is written when
+        the next one begins; so nothing else can be."""
+        if self._waiting is None:
+            return []
+        chunk, marks = self._waiting
+        self.model.read(chunk.token_ids[:, -1:], self.session)
+        states_at = states_of_session(self.session, self.model.sidecars_by_layer)
+        segments, opened = record(chunk, marks, self._opened, states_at, sources=self._sources, step=step)
+        return [*segments, *finish(opened, states_at, sources=self._sources, step=step)]
 
     def _window(self, ids: Tensor, step: int) -> list[Segment]:
         with _inputs(self.model) as found:

@@ -18,6 +18,7 @@ from cortex_core.consolidation import sleep
 from cortex_core.consolidation.elastic import ElasticWeights
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.lessons import Lessons, cues, lessons, lessons_of_text
+from cortex_core.consolidation.night_codes import NightCodes
 from cortex_core.consolidation.old_lessons import keep, lessons_of
 from cortex_core.consolidation.replay import ReplayBuffer
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
@@ -84,12 +85,13 @@ class Sleeper:
         mixed_text: Tensor | None = None,
         fisher: FisherConfig | None = None,
         scaling: ScalingConfig | None = None,
+        codes: NightCodes | None = None,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         """`encode` is for the words of the questions; `dreams` for `sleep.dream_frac`; `mixed_text` [windows, width]
         for `sleep.mixed_text_weight`; `after_backward` is called where shards are to be let go. Without a `guard` every
-        night counts; without `fisher` and `scaling` nothing is held or scaled. Raises ConfigError for a memory that
-        cannot have slow weights."""
+        night counts; without `fisher`, `scaling` and `codes` nothing is held, scaled or coded. Raises ConfigError for a
+        memory that cannot have slow weights."""
         self.model, self.config = model, config or SleepConfig()
         self._grow()
         self.buffer = ReplayBuffer(replay or ReplayConfig())
@@ -104,7 +106,7 @@ class Sleeper:
             )
         holds = fisher is not None and fisher.weight > 0
         self.elastic = ElasticWeights(model, fisher, after_backward) if fisher is not None and holds else None
-        self._scaling = scaling
+        self._scaling, self.codes = scaling, codes
         self.num_nights = self.num_undone = 0
         self.encode = encode
         self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
@@ -157,6 +159,8 @@ class Sleeper:
         metrics = {"sleep/lessons": float(len(tonight)), "sleep/buffer_items": float(len(self.buffer))}
         if self.dreams is not None and self.config.dream_frac:
             metrics |= self.dreams.dream()
+        if self.codes is not None:
+            metrics |= self.codes.night(self._day, self.config.steps)
         steps = self.config.steps if len(tonight) else 0
         replayed = [self._replayed(self.config.replayed) for _ in range(steps)]
         if self.dreams is not None:
@@ -245,8 +249,9 @@ class Sleeper:
         self.buffer.save(folder / REPLAY)
         if self.dreams is not None:
             self.dreams.save(folder)
-        if self.elastic is not None:
-            self.elastic.save(folder)
+        for part in (self.elastic, self.codes):
+            if part is not None:
+                part.save(folder)
         notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
         files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
 
@@ -267,8 +272,9 @@ class Sleeper:
         day, counters = _counters(folder / SLOW, notes)
         if self.dreams is not None:
             self.dreams.load(folder)
-        if self.elastic is not None:
-            self.elastic.load(folder)
+        for part in (self.elastic, self.codes):
+            if part is not None:
+                part.load(folder)
         for name, value in values.items():
             value.data.copy_(found[name])
         self.session, self.buffer, self._day = session, buffer, day

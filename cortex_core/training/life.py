@@ -13,6 +13,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import DreamConfig, FisherConfig, LifeConfig, ReplayConfig, ScalingConfig, SleepConfig
 from cortex_core.consolidation.guard import DriftGuard
+from cortex_core.consolidation.night_codes import NightCodes
 from cortex_core.consolidation.sleeper import Encode, Sleeper, Slept
 from cortex_core.errors import ConfigError
 from cortex_core.tasks.corpus import Corpus
@@ -107,7 +108,7 @@ def new_sleeper(
     model: Cortex, encode: Encode, corpus: Corpus, sleep: SleepConfig, replay: ReplayConfig,
     dream: DreamConfig | None = None, after_backward: Callable[[], None] = lambda: None,
     *, fisher: FisherConfig | None = None, scaling: ScalingConfig | None = None,
-    kind: Callable[..., Sleeper] = Sleeper, dreams: Callable[..., Dreams] = Dreams,
+    codes: NightCodes | None = None, kind: Callable[..., Sleeper] = Sleeper, dreams: Callable[..., Dreams] = Dreams,
 ) -> Sleeper:  # fmt: skip
     """A reader of `model` whose nights are guarded on held-out text; `encode` and `after_backward` as of `Sleeper`. It
     remembers what was written, to dream of it as `dream` says; that is learned if `sleep.dream_frac` asks for it.
@@ -123,7 +124,7 @@ def new_sleeper(
     text = mixed_text(model, corpus) if sleep.mixed_text_weight else None
     return kind(
         model, sleep, replay, encode=encode, guard=guard, dreams=remembered, mixed_text=text,
-        fisher=fisher, scaling=scaling, after_backward=after_backward,
+        fisher=fisher, scaling=scaling, codes=codes, after_backward=after_backward,
     )  # fmt: skip
 
 
