@@ -25,7 +25,8 @@ from tests.benchmarks.rows.demo import Demo
 
 KILLS, KILLS_OF_A_RUN = 200, 25
 LOST, TWICE, DIFFERENT = ROWS = ("train_kills_lost", "train_kills_twice", "train_kills_different_bytes")
-KINDS = {"ray::Generating": 0.5, "ray::Consolidating": 0.35, "RayTrainWorker": 0.15}
+ACTORS = ("ray::Generating", "ray::Consolidating")
+KINDS = dict.fromkeys(ACTORS, 0.45) | {"RayTrainWorker": 0.1}
 """Who is killed how often, by a part of the process's name. With a worker go the other one and all actors."""
 MOST_PAUSE_S = 3.0
 STEPS, FACTS, PER_DAY = 12, 24, 2
@@ -133,6 +134,8 @@ def _killing(draw: random.Random, most: int, by_kind: dict[str, int]) -> Iterato
         hit = 0
         while hit < most and not over.wait(draw.uniform(0.0, MOST_PAUSE_S)):
             (kind,) = draw.choices([*KINDS], [*KINDS.values()])
+            if not any(_living(actor) for actor in ACTORS):
+                continue  # workers that start would only be started again: nothing can be lost yet
             if living := _living(kind):
                 draw.choice(living).kill()
                 by_kind[kind] += 1
