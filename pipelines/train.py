@@ -113,7 +113,7 @@ def publish_evaluation(config: RunConfig, finished: Path, sidecars: Path, tracke
     tracked.log_metrics(headline(document), step=config.training.steps)
     tracked.log_table(document["rows"], "evaluation_rows.json")
     tracked.log_artifacts([*written.values(), folder / SIDECARS_FOLDER])
-    if config.life.beside_training:
+    if (finished / LIFE).is_file():  # not of one that was only evaluated
         publish_life(config, finished, tracked)
     return document
 

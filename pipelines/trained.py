@@ -19,15 +19,7 @@ def with_its_memory(config: RunConfig) -> RunConfig:
         return config
     name = config.sidecars
     folder = ASSETS / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name).expanduser()
-    try:
-        saved = json.loads((folder / "cortex.json").read_text())
-        memory = FastWeightsConfig.model_validate(saved["fast_weights"])
-        segment = int(saved["segment_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"sidecars = {config.sidecars}: no sidecars can be read there ({str(error).splitlines()[0]}). Give a "
-            "folder that cortex train or save_pretrained wrote, such as runs/demo/sidecars"
-        ) from error
+    memory, segment = _described(folder, name)
     given = config.fast_weights
     if given not in (FastWeightsConfig(), memory):
         wrong = next(n for n, value in memory.model_dump().items() if given.model_dump()[n] != value)
@@ -54,8 +46,24 @@ def settings_of(folder: Path, overrides: list[str]) -> RunConfig:
             f"{folder}: has no {SIDECARS_FOLDER} yet, so its training has not finished. "
             f"Go on with it: cortex train {shlex.quote(str(folder / CONFIG_FILE))}"
         )
+    memory, _ = _described(folder / SIDECARS_FOLDER, str(folder / SIDECARS_FOLDER))
+    if memory.slow_slots:  # they have grown since the run began
+        grown = {"slow_slots": memory.slow_slots, "slow_active": memory.slow_active}
+        config = config.model_copy(update={"fast_weights": config.fast_weights.model_copy(update=grown)})
     check_against_machine(config)
     check_deepspeed(config)
     check_data(config)
     check_against_backbone(config)
     return config
+
+
+def _described(folder: Path, name: str) -> tuple[FastWeightsConfig, int]:
+    """The memory that sidecars are of, and their segments. Raises DataError."""
+    try:
+        saved = json.loads((folder / "cortex.json").read_text())
+        return FastWeightsConfig.model_validate(saved["fast_weights"]), int(saved["segment_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"sidecars = {name}: no sidecars can be read there ({str(error).splitlines()[0]}). Give a folder that "
+            "cortex train or save_pretrained wrote, such as runs/demo/sidecars"
+        ) from error

@@ -20,7 +20,7 @@ from cortex_core.training.pretrain_config import DecoderConfig
 from pipelines.config import CONFIG_FILE, SIDECARS_FOLDER
 from pipelines.toml_text import dump_toml
 from tests import tiny
-from tests.benchmarks import child, kills, optimizer_runs, pairs, rank_picture
+from tests.benchmarks import child, kills, optimizer_runs, pairs, rank_picture, train_kills
 from tests.benchmarks.optimizer_runs import Losses
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
@@ -153,6 +153,7 @@ def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
         *sweep.KILLED_ROWS,
         sweep.OVERHEAD_ROW,
         *kills.ROWS,
+        *train_kills.ROWS,
         *sleep.DREAM_ROWS,
     }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in

@@ -24,7 +24,7 @@ from typing import NamedTuple, NoReturn
 
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 from pipelines.explain import nearest
-from tests.benchmarks import async_actors, kills
+from tests.benchmarks import async_actors, kills, train_kills
 from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
@@ -114,6 +114,7 @@ MEASUREMENTS = (
     Measurement(startup.startup, startup.ROWS, "startup", needs_run=False),
     Measurement(async_actors.training_beside_actors, async_actors.ROWS, "actors", needs_run=False),
     Measurement(kills.two_hundred_kills, kills.ROWS, "kills", needs_run=False),
+    Measurement(train_kills.two_hundred_kills_of_a_training, train_kills.ROWS, "train-kills", needs_run=False),
     Measurement(sweep.sweep_killed_and_restored, sweep.KILLED_ROWS, "sweep", needs_run=False),
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
@@ -127,6 +128,7 @@ OPT_IN = (
     "wallclock",
     "sweep",
     "kills",
+    "train-kills",
     "million",
     "seeds",
     "ranks",

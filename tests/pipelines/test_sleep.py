@@ -78,6 +78,18 @@ def test_an_interrupted_life_goes_on_after_its_last_night(
     assert documents[0]["known_by_day"] == documents[1]["known_by_day"]
 
 
+def test_a_memory_that_has_slept_is_evaluated_and_sleeps_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the slow weights that it has grown since its settings were written."""
+    assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE]) == 0
+    slept = trained.with_name("trained-sleep")
+    few = ["evaluation.gaps_tokens=0", "evaluation.num_examples=4", "evaluation.fillers=text"]
+    assert cli.main(["evaluate", str(slept), *few, *ALONE]) == 0
+    capsys.readouterr()
+    assert cli.main(["sleep", str(slept), "name=again", *SETTINGS, *ALONE]) == 0
+    document = json.loads((slept.with_name("again") / DOCUMENT).read_text())
+    assert document["rows"][0]["when"] == "before" and document["rows"][0]["known"] >= 0.9
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

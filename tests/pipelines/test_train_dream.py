@@ -125,7 +125,10 @@ def test_what_it_leaves_and_that_it_dreams_on(
 
 @pytest.mark.parametrize(
     "victims",
-    [("Consolidating.work", "Generating.work"), ("Generating.work", "RayTrainWorker", "Consolidating.work")],
+    [
+        ("Consolidating.work", "Generating.work"),
+        pytest.param(("Generating.work", "RayTrainWorker", "Consolidating.work"), marks=pytest.mark.nightly),
+    ],
     ids=["actors", "a worker too"],
 )
 def test_who_is_killed_changes_nothing(
