@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ROW ?=
+N ?=
 RECIPE ?= demo
 ARGS ?=
 RUNS ?= runs
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablate test test-slow lint fmt bench scoreboard ui constraints clean
+.PHONY: help setup demo ablate test test-slow lint fmt bench scoreboard prediction ui constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,10 @@ bench: $(STAMP) ## Time the mechanisms
 
 scoreboard: $(STAMP) ## Measure every figure that the project claims, or some: ROW=name,name
 	$(BIN)/python -m tests.benchmarks.scoreboard $(ROW) $(ARGS)
+
+prediction: $(STAMP) ## Measure one of the five predictions of docs/predictions.md, and judge it: N=1 to N=5
+	@test -n "$(N)" || { echo "cortex: which one? make prediction N=1, up to N=5"; exit 2; }
+	$(BIN)/python -m tests.benchmarks.predictions $(N) --folder $(RUNS)/predictions $(ARGS)
 
 ui: $(STAMP) ## MLflow's web page on the runs
 	$(BIN)/cortex ui $(RUNS)

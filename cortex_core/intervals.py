@@ -70,7 +70,7 @@ def mean_interval(
     if sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError(f"a mean needs at least one value and only finite ones, got {sample.size} values")
     mean = float(sample.mean())
-    quantile = _student_quantile(sample.size - 1, confidence)
+    quantile = student_quantile(sample.size - 1, confidence)
     if sample.size == 1:
         return Interval(lowest, highest, mean)
     half = quantile * float(sample.std(ddof=1)) / math.sqrt(sample.size)
@@ -132,7 +132,7 @@ def _normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def _student_quantile(freedom: int, confidence: float) -> float:
+def student_quantile(freedom: int, confidence: float) -> float:
     """Two-sided quantile of Student's t with `freedom` degrees of freedom (0 gives infinity), to 1e-6.
 
     Bisection on the finite series of `_student_mass`; beyond 200 degrees of freedom the expansion about the

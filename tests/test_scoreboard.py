@@ -33,6 +33,7 @@ from tests.benchmarks.rows import (
     ranks,
     recall,
     safety,
+    scales,
     seeds,
     sharding,
     sleep,
@@ -144,7 +145,7 @@ def test_an_unfinished_or_damaged_run_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
-    slow = (wallclock, far, seeds, ranks, tasks, worlds, optim, continual)
+    slow = (wallclock, far, seeds, ranks, tasks, worlds, optim, continual, scales)
     opt_in = {
         *(name for rows in slow for name in rows.ROWS),
         *gpu.KERNEL_ROWS,
@@ -155,6 +156,7 @@ def test_without_names_everything_but_the_slow_groups_is_measured() -> None:
         *kills.ROWS,
         *train_kills.ROWS,
         *sleep.DREAM_ROWS,
+        *scales.PREDICTION_ROWS,
     }
     assert chosen([], MEASUREMENTS) == set(ALL) - opt_in
     assert chosen(["wallclock,recall_min", "chunk_vs_oracle_speedup"], MEASUREMENTS) == {

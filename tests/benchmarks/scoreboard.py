@@ -41,6 +41,7 @@ from tests.benchmarks.rows import (
     ranks,
     recall,
     safety,
+    scales,
     seeds,
     sharding,
     sleep,
@@ -120,6 +121,8 @@ MEASUREMENTS = (
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
     Measurement(sleep.dreams_for_lessons, sleep.DREAM_ROWS, "dreams"),
     Measurement(continual.tasks_one_after_the_other, continual.ROWS, "continual", needs_run=False),
+    Measurement(scales.six_scales, scales.ROWS, "scales", needs_run=False),
+    Measurement(scales.five_predictions, scales.PREDICTION_ROWS, "scales", needs_run=False),
     Measurement(optim.perplexity, optim.PERPLEXITY_ROWS, "optim", needs_run=False),
     Measurement(optim.cost, optim.COST_ROWS, "optim", needs_run=False),
     Measurement(wallclock.wall_clock, wallclock.ROWS, "wallclock", needs_run=False),
@@ -139,6 +142,7 @@ OPT_IN = (
     "optim",
     "dreams",
     "continual",
+    "scales",
 )
 """Groups that are measured only when they are named: they take the better part of an hour, or need other runs or a GPU."""
 
