@@ -18,6 +18,7 @@ from cortex_core.consolidation import sleep
 from cortex_core.consolidation.guard import DriftGuard
 from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
 from cortex_core.consolidation.replay import Item, ReplayBuffer
+from cortex_core.consolidation.spread import fitted, spread_addresses, unfitted
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
 SCHEMA = "cortex-sleeper/1"
@@ -83,8 +84,10 @@ class Sleeper:
         shards are to be let go. Without a `guard` every night counts. Raises ConfigError for a memory that cannot have
         slow weights."""
         self.model, self.config = model, config or SleepConfig()
+        questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         if not model.fast_weights.slow_slots:
             model.grow_slow_weights(self.config.slots, self.config.active)
+            spread_addresses(model, questions)
         self.buffer = ReplayBuffer(replay or ReplayConfig())
         self.session = model.new_session(log_writes=LOG_WRITES)
         self.guard, self.dreams, self._after_backward = guard, dreams, after_backward
@@ -92,7 +95,7 @@ class Sleeper:
             raise ConfigError(f"dream_frac = {self.config.dream_frac}: needs `dreams`; give them, or set it to 0")
         self.num_nights = self.num_undone = 0
         self.encode = encode
-        self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
+        self._questions = questions
         self._day: list[int] = []
         self._began = 0  # position of the first token of `_day`
 
@@ -183,7 +186,7 @@ class Sleeper:
         if self.dreams is not None:
             self.dreams.save(folder)
         notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
-        files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
+        files.write(folder / SLOW, SCHEMA, {**sleep.slow_values(self.model), **fitted(self.model)}, notes)
 
     def load(self, folder: str | Path) -> None:
         """Go on from `save`, with the same sidecars and settings. Raises DataError (missing, damaged),
@@ -192,7 +195,8 @@ class Sleeper:
         found, notes = files.read(folder / SLOW, SCHEMA, "slow weights")
         session = self.model.load_session(folder / SESSION)
         buffer = ReplayBuffer.load(folder / REPLAY, self.buffer.config)
-        values = sleep.slow_values(self.model)
+        values = {**sleep.slow_values(self.model), **fitted(self.model)}
+        found = unfitted(self.model) | found  # which older files do not have
         wrong = {n: tuple(v.shape) for n, v in found.items()} != {n: tuple(v.shape) for n, v in values.items()}
         if wrong:
             raise IncompatibleError(
