@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,7 @@ def read(folder: Path) -> SavedSidecars:
         if settings["schema"] != SCHEMA:
             raise DataError(f"sidecars {folder}: schema is {settings['schema']!r}, this version reads {SCHEMA!r}")
         config = FastWeightsConfig.model_validate(settings["fast_weights"])
-        weights = _expanded(load_file(folder / WEIGHTS))
+        weights = _with_fit(_expanded(load_file(folder / WEIGHTS)))
         return SavedSidecars(
             folder, weights, config, int(settings["segment_tokens"]), str(settings["backbone_fingerprint"])
         )
@@ -111,4 +112,15 @@ def _expanded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 if found is not None and found.shape[1:] == (int(columns.sum()),):
                     larger[other] = found.new_zeros(len(found), len(columns))
                     larger[other][:, columns] = found
+    return larger
+
+
+def _with_fit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Slow weights of the time before their addresses were fitted look for things where they always did."""
+    larger = dict(weights)
+    for name, prototypes in weights.items():
+        if name.endswith(".slow.prototypes") and prototypes.dim() == 2:
+            place, size = name.removesuffix("prototypes"), prototypes.shape[1]
+            larger.setdefault(place + "centre", torch.zeros(size))
+            larger.setdefault(place + "spread", torch.eye(size))
     return larger

@@ -21,6 +21,7 @@ from cortex_core.consolidation.lessons import Lessons, cues, lessons, lessons_of
 from cortex_core.consolidation.night_codes import NightCodes
 from cortex_core.consolidation.old_lessons import keep, lessons_of
 from cortex_core.consolidation.replay import ReplayBuffer
+from cortex_core.consolidation.spread import fitted, spread_addresses, unfitted
 from cortex_core.errors import ConfigError, DataError, IncompatibleError
 
 SCHEMA = "cortex-sleeper/1"
@@ -93,6 +94,8 @@ class Sleeper:
         night counts; without `fisher`, `scaling` and `codes` nothing is held, scaled or coded. Raises ConfigError for a
         memory that cannot have slow weights."""
         self.model, self.config = model, config or SleepConfig()
+        self.encode = encode
+        self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         self._grow()
         self.buffer = ReplayBuffer(replay or ReplayConfig())
         self.session = model.new_session(log_writes=LOG_WRITES)
@@ -108,8 +111,6 @@ class Sleeper:
         self.elastic = ElasticWeights(model, fisher, after_backward) if fisher is not None and holds else None
         self._scaling, self.codes = scaling, codes
         self.num_nights = self.num_undone = 0
-        self.encode = encode
-        self._questions = [tuple(encode(text)) if text else () for text in self.config.questions]
         self._day: list[int] = []
         self._began = 0  # position of the first token of `_day`
 
@@ -117,6 +118,7 @@ class Sleeper:
         """Make room for what nights will learn."""
         if not self.model.fast_weights.slow_slots:
             self.model.grow_slow_weights(self.config.slots, self.config.active)
+            spread_addresses(self.model, self._questions)
 
     @property
     def num_tokens(self) -> int:
@@ -253,7 +255,7 @@ class Sleeper:
             if part is not None:
                 part.save(folder)
         notes = {name: getattr(self, name) for name in ("num_nights", "num_undone", "_began", "_day")}
-        files.write(folder / SLOW, SCHEMA, sleep.slow_values(self.model), notes)
+        files.write(folder / SLOW, SCHEMA, {**sleep.slow_values(self.model), **fitted(self.model)}, notes)
 
     def load(self, folder: str | Path) -> None:
         """Go on from `save`, with the same sidecars and settings. Raises DataError (missing, damaged),
@@ -262,7 +264,8 @@ class Sleeper:
         found, notes = files.read(folder / SLOW, SCHEMA, "slow weights")
         session = self.model.load_session(folder / SESSION, self.session)
         buffer = ReplayBuffer.load(folder / REPLAY, self.buffer.config)
-        values = sleep.slow_values(self.model)
+        values = {**sleep.slow_values(self.model), **fitted(self.model)}
+        found = unfitted(self.model) | found  # which older files do not have
         wrong = {n: tuple(v.shape) for n, v in found.items()} != {n: tuple(v.shape) for n, v in values.items()}
         if wrong:
             raise IncompatibleError(

@@ -70,6 +70,65 @@ def test_other_facts_are_hardly_touched_by_a_new_one() -> None:
     assert moved.median() < 0.02 and (moved == 0).float().mean() > 0.3
 
 
+def in_context(contexts: int, items: int, seed: int = 0) -> Tensor:
+    """Addresses of the same cues in several contexts: a part that all share, and two directions that tell contexts
+    apart, and of which no cue has more than a little."""
+    cues, shared, moved = (addresses(n, seed + at).flatten(1) for at, n in enumerate((items, 1, 2)))
+    generator = torch.Generator().manual_seed(seed + 9)
+    sizes = 1.5 * torch.randn(contexts, items, 2, generator=generator)
+    found = cues + 1.5 * shared + sizes @ moved
+    return torch.nn.functional.normalize(found.unflatten(-1, (HEADS, RANK)), dim=-1)
+
+
+def overlaps(memory: SlowWeights, asked: Tensor) -> tuple[float, float]:
+    """Of features: of one cue in two contexts, mean; and of two cues in these contexts, root mean square."""
+    first, second = (
+        torch.zeros(asked.shape[1], len(memory.prototypes)).scatter(1, *memory.features(part)) for part in asked[:2]
+    )
+    both = first @ second.T
+    same = both.diagonal().clone()
+    return float(same.mean()), float(both.fill_diagonal_(0).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fitted_addresses_tell_cues_apart_and_contexts_less(seed: int) -> None:
+    """On cues and contexts that it was not fitted to."""
+    memory, given = slow(filled=False, slots=1024), in_context(8, 300, seed)
+    fitted_to, others = given[:4, :200], given[4:, 200:]
+    same, other = overlaps(memory, others)
+    memory.fit(fitted_to)
+    same_after, other_after = overlaps(memory, others)
+    assert same_after > 1.3 * same and other_after < 0.7 * other
+
+
+@given(seed=st.integers(0, 2**31))
+def test_a_fit_depends_on_neither_order_nor_the_length_of_addresses(seed: int) -> None:
+    one, other, given = slow(filled=False), slow(filled=False), in_context(3, 40, seed)
+    one.fit(given)
+    other.fit(3.0 * given.flip(0, 1))
+    for name in ("centre", "spread"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=1e-4, rtol=1e-3)
+    asked = addresses(5, seed)
+    torch.testing.assert_close(one.features(asked)[1], one.features(2.0 * asked)[1], atol=1e-4, rtol=1e-3)
+
+
+def test_contexts_that_change_nothing_bend_nothing() -> None:
+    """Only the mean goes: rounding is not blown up."""
+    memory, cues = slow(filled=False), addresses(50)
+    memory.fit(cues.expand(4, -1, -1, -1))
+    mean = torch.nn.functional.normalize(cues.flatten(1), dim=-1).mean(0)
+    torch.testing.assert_close(memory.centre, mean)
+    scale = memory.spread.diagonal().mean()
+    torch.testing.assert_close(memory.spread / scale, torch.eye(HEADS * RANK), atol=1e-4, rtol=0)
+
+
+def test_what_holds_something_is_not_fitted() -> None:
+    memory = slow()
+    with pytest.raises(ValueError, match="hold something"):
+        memory.fit(in_context(2, 10))
+    assert not memory.centre.any()
+
+
 def test_tokens_that_are_not_asked_for_read_nothing() -> None:
     memory = slow()
     asked = addresses(2 * 7).view(2, 7, HEADS, RANK).transpose(1, 2)
