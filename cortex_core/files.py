@@ -44,7 +44,7 @@ def read(path: Path, schema: str, what: str) -> tuple[dict[str, Tensor], dict[st
         raise DataError(f"{what} {path}: schema is {metadata.get('schema')!r}, this version reads {schema!r}")
     try:
         notes = json.loads(metadata["notes"])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{what} {path}: its notes are unreadable; it is damaged") from error
     if not isinstance(notes, dict):
         raise DataError(f"{what} {path}: its notes are {type(notes).__name__}, not a table; it is damaged")

@@ -5,17 +5,15 @@ A file may come from anywhere. All of it is checked before any of it is used, an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cortex_core import files
 from cortex_core.backbone.fingerprint import fingerprint
 from cortex_core.backbone.low_rank import LowRankDeltas
 from cortex_core.config import PositiveInt, Settings
@@ -41,15 +39,8 @@ def save_deltas(deltas: LowRankDeltas, path: str | Path, backbone: PreTrainedMod
     """
     if not deltas.is_finite:
         raise ConfigError(f"deltas {path}: hold numbers that are not finite and cannot be saved; train them anew")
-    path = Path(path)
-    table = _Table(
-        backbone=known or fingerprint(backbone), modules=deltas.names, rank=deltas.rank, scale=deltas.scale
-    ).model_dump_json()
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in deltas.values().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"schema": SCHEMA, "table": table})
-    partial.replace(path)
+    table = _Table(backbone=known or fingerprint(backbone), modules=deltas.names, rank=deltas.rank, scale=deltas.scale)
+    files.write(Path(path), SCHEMA, deltas.values(), table.model_dump(mode="json"))
 
 
 def load_deltas(path: str | Path, backbone: PreTrainedModel, known: str | None = None) -> LowRankDeltas:
@@ -83,21 +74,10 @@ def load_deltas(path: str | Path, backbone: PreTrainedModel, known: str | None =
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Table]:
-    if not path.is_file():
-        raise DataError(f"deltas {path}: there is no such file")
+    tensors, notes = files.read(path, SCHEMA, "deltas")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"deltas {path}: not a whole safetensors file ({error})") from error
-    if metadata.get("schema") != SCHEMA:
-        raise DataError(f"deltas {path}: schema is {metadata.get('schema')!r}, this version reads {SCHEMA!r}")
-    try:
-        return tensors, _Table.model_validate(json.loads(metadata.get("table", "")))
+        return tensors, _Table.model_validate(notes)
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join(".".join(map(str, first["loc"])).split()) or "table"
         raise DataError(f"deltas {path}: {where}: {first['msg']}; the file is damaged") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"deltas {path}: its table is not JSON; the file is damaged") from error

@@ -43,12 +43,12 @@ def path(tmp_path: Path) -> Path:
 
 def content(path: Path) -> tuple[Tensors, Table]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["table"])  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["notes"])  # noqa: SIM118
 
 
 def rewritten(path: Path, tensors: Tensors, table: Any, schema: str = SCHEMA) -> None:
     save_file(
-        tensors, path, metadata={"schema": schema, "table": table if isinstance(table, str) else json.dumps(table)}
+        tensors, path, metadata={"schema": schema, "notes": table if isinstance(table, str) else json.dumps(table)}
     )
 
 
@@ -80,7 +80,7 @@ def test_a_file_is_replaced_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cortex_core.backbone.low_rank_files.save_file", dies)
+        patch.setattr("cortex_core.files.save_file", dies)
         with pytest.raises(OSError, match="disk full"):
             save_deltas(learned(1), path, bare("llama"))
     assert path.read_bytes() == before
@@ -132,9 +132,9 @@ def saying(**entries: Any) -> Callable[[Tensors, Table], tuple[Tensors, Table]]:
         (saying(modules=["two\nlines"]), r"'two\\nlines' is no module of it"),
         (saying(**{"two\nlines": 1}), "two lines: Extra inputs are not permitted"),
         (saying(code="import os"), "code: Extra inputs are not permitted"),
-        (lambda tensors, table: (tensors, []), "table: Input should be a valid dictionary"),
-        (lambda tensors, table: (tensors, "{not json"), "its table is not JSON"),
-        (lambda tensors, table: (tensors, "[" * 100_000), "its table is not JSON"),
+        (lambda tensors, table: (tensors, []), "its notes are list, not a table"),
+        (lambda tensors, table: (tensors, "{not json"), "its notes are unreadable"),
+        (lambda tensors, table: (tensors, "[" * 100_000), "its notes are unreadable"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused(

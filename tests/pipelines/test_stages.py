@@ -77,7 +77,7 @@ def test_unfreezing_begins_with_what_has_slept(trained: Path, capsys: pytest.Cap
     deltas = load_deltas(unfrozen / SIDECARS_FOLDER / DELTAS, model.backbone)
     assert len(deltas.names) == 3 and any(bool(value.any()) for value in deltas.up)
     with safe_open(unfrozen / SIDECARS_FOLDER / DELTAS, framework="pt") as file:
-        assert json.loads(file.metadata()["table"])["backbone"] == fingerprint(model.backbone)
+        assert json.loads(file.metadata()["notes"])["backbone"] == fingerprint(model.backbone)
 
 
 @pytest.mark.parametrize(
