@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cortex_core import files
+from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts
 from cortex_core.consolidation.lessons import Lessons
 from cortex_core.consolidation.sleeper import Slept
@@ -142,6 +143,19 @@ def test_it_goes_on_from_its_files_with_the_nights_that_are_away(tmp_path: Path,
             pass
     assert tiny.same(slow(undisturbed), slow(second)) and second.version == undisturbed.version == 3
     assert second.num_nights == 3 and right(second.model) >= 0.7
+
+
+def test_it_goes_on_with_its_backbone_in_other_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards, a worker sees nothing that it could know the backbone by."""
+    config = run_config()
+    for shards in ("whole", "in two"):
+        monkeypatch.setattr(Cortex, "identity", lambda model, shards=shards: {"backbone": shards, "sidecars": ""})
+        reader = away(config, local_nights(config))
+        if shards == "in two":
+            reader.load(tmp_path)
+        reader.read(sleepers.stream(1)[reader.num_tokens :][:40])
+        reader.save(tmp_path)
+    assert reader.num_tokens == 80
 
 
 def test_how_often_a_night_was_tried_is_not_forgotten(tmp_path: Path) -> None:
