@@ -6,7 +6,7 @@ It does not know how many workers wrote it: data and gradients depend on the ste
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,15 @@ SCHEMA = "cortex-checkpoint/2"
 TENSORS, COUNTERS = "training.safetensors", "training.json"
 
 
-def save(folder: Path, learner: Learner, beside: Iterable[str] = ()) -> None:
+def save(folder: Path, learner: Learner, beside: Sequence[str] = ()) -> None:
     """Write the learner's state into an existing folder, the counters last: a folder without them is not whole, nor one
     without the files `beside` it."""
     tensors, counters = learner.state()
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     tensors["random_state"] = torch.get_rng_state()
     save_file(tensors, folder / TENSORS)
-    (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters, "files": [TENSORS, *beside]}))
+    files = {"files": [TENSORS, *beside]} if beside else {}
+    (folder / COUNTERS).write_text(json.dumps({"schema": SCHEMA, **counters, **files}))
 
 
 def step_of(folder: Path) -> int | None:
