@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cortex_core.backbone.load import load_tokenizer
 from cortex_core.backbone.model import Cortex
+from cortex_core.consolidation.spread import fitted
 from cortex_core.tasks.corpus import Corpus
 from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
@@ -90,6 +91,8 @@ class Living:
         )  # fmt: skip
         assert isinstance(sleeper, AwaySleeper)
         self.sleeper: AwaySleeper = sleeper
+        for value in fitted(model).values():  # equal sums in another order may differ in a bit
+            value.copy_(edge.from_first(value.cpu()))
         vocabulary = TaskVocabulary.from_tokenizer(tokenizer)
         self.life = Life(self.sleeper, config.life, vocabulary, TextFiller(corpus, "held_out"))
         self.history = History(self.life)

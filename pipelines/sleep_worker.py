@@ -18,6 +18,7 @@ from cortex_core.backbone.load import load_tokenizer
 from cortex_core.backbone.low_rank_files import save_deltas
 from cortex_core.backbone.sidecar_files import write
 from cortex_core.consolidation.sleeper import Sleeper
+from cortex_core.consolidation.spread import fitted
 from cortex_core.consolidation.unfreezer import DELTAS, Unfreezer
 from cortex_core.tasks.corpus import load_corpus
 from cortex_core.tasks.filler import TextFiller
@@ -85,7 +86,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
 def _agree(sleeper: Sleeper, edge: Edge) -> None:
     """Equal sums in another order may differ in a bit: all workers go on with those of the first."""
     if edge.world_size > 1:
-        for value in sleeper.values().values():
+        for value in [*sleeper.values().values(), *fitted(sleeper.model).values()]:
             dist.broadcast(value.detach(), 0)
 
 
