@@ -11,6 +11,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import UnfreezeConfig
 from cortex_core.consolidation.lessons import Lessons, Taught
+from cortex_core.consolidation.sleep import slow_values
 from tests.backbone.families import VOCAB, random_ids, with_memory
 
 QUICK = UnfreezeConfig(
@@ -45,6 +46,17 @@ def scene(family: str = "qwen2", config: UnfreezeConfig = QUICK, **memory: objec
     names = linear_modules(model.backbone, config.modules)
     deltas = LowRankDeltas(model.backbone, names, config.rank, config.scale, config.seed)
     return model, deltas.attach(model)
+
+
+def with_slow() -> Cortex:
+    """A model with slow weights that add something."""
+    model, deltas = scene()
+    deltas.remove()
+    model.grow_slow_weights(64, 4)
+    with torch.no_grad():
+        for number, values in enumerate(slow_values(model).values()):
+            values += torch.randn(values.shape, generator=torch.Generator().manual_seed(number))
+    return model
 
 
 @torch.no_grad()
