@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,6 +22,7 @@ from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.backbone.session import Session
 from cortex_core.errors import DataError
 
+_LEADS = 59  # keeps these draws apart from others
 _NEVER_NATS = -30.0
 """Log-probability of what is not said."""
 
@@ -137,6 +139,21 @@ def lessons_of_text(model: Cortex, rows: Mapping[tuple[int, ...], int], top: int
         told = Taught(*(part[chosen].to(model.backbone.device) for part in taught))
         parts.append(Lessons(asked, told, told.kl(answers(model, asked))))
     return Lessons.joined(parts[1:] or parts)
+
+
+def questions(
+    words: Iterable[Sequence[int]], cues: Sequence[Sequence[int]], text: Sequence[int], lead_tokens: int, seed: int
+) -> list[tuple[int, ...]]:
+    """Each cue behind each of some words, and these behind up to `lead_tokens` tokens from anywhere in `text`, how many
+    is drawn evenly; each question once. The same numbers draw the same leads."""
+    rng, asked = np.random.default_rng([seed, _LEADS]), dict[tuple[int, ...], None]()
+    most = min(lead_tokens, len(text))
+    for spoken in words:
+        for cue in cues:
+            length = int(rng.integers(most + 1))
+            first = int(rng.integers(len(text) - length + 1))
+            asked[*text[first : first + length], *spoken, *cue] = None
+    return list(asked)
 
 
 def cues(tokens: Sequence[int], first: int, written: Iterable[int], width: int) -> list[list[int]]:

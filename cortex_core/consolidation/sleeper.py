@@ -17,7 +17,7 @@ from cortex_core.config import FisherConfig, ReplayConfig, ScalingConfig, SleepC
 from cortex_core.consolidation import sleep
 from cortex_core.consolidation.elastic import ElasticWeights
 from cortex_core.consolidation.guard import DriftGuard
-from cortex_core.consolidation.lessons import Lessons, cues, lessons, lessons_of_text
+from cortex_core.consolidation.lessons import Lessons, cues, lessons, lessons_of_text, questions
 from cortex_core.consolidation.night_codes import NightCodes
 from cortex_core.consolidation.old_lessons import keep, lessons_of
 from cortex_core.consolidation.replay import ReplayBuffer
@@ -194,8 +194,8 @@ class Sleeper:
         """What there is to learn tonight, most of it first."""
         config = self.config
         if config.teacher:
-            asked = dict.fromkeys((*words, *cue) for words in self._questions for cue in self._cues())
-            found = lessons(self.model, self.session, Prompts.of(list(asked)), config.top_tokens, config.batch_size)
+            asked = questions(self._questions, self._cues(), self._day, config.lead_tokens, self.num_nights)
+            found = lessons(self.model, self.session, Prompts.of(asked), config.top_tokens, config.batch_size)
         else:
             found = lessons_of_text(self.model, self._read_by_day(), config.top_tokens, config.batch_size)
         order = found.gain_nats.argsort(descending=True, stable=True)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex_core.backbone.prompts import Prompts, answers
-from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons
+from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons, questions
 from tests.consolidation import sleepers
 
 VOCAB = 12
@@ -85,3 +85,19 @@ def test_lessons_are_joined_and_picked() -> None:
     assert len(Lessons.none(4)) == 0
     with pytest.raises(IndexError):
         one.at(torch.tensor([7]))
+
+
+def test_questions_stand_behind_text_of_the_day() -> None:
+    words, asked_for, text = [(1, 2), ()], [[5], [6]], list(range(100, 140))
+    assert questions(words, asked_for, text, 0, seed=3) == [(1, 2, 5), (1, 2, 6), (5,), (6,)]
+    assert questions(words, asked_for, [], 30, seed=3) == questions(words, asked_for, text, 0, seed=3)
+    lengths = set()
+    for seed in range(60):
+        found = questions(words, asked_for, text, 30, seed)
+        assert found == questions(words, asked_for, text, 30, seed) and len(found) == 4
+        for question, end in zip(found, [(1, 2, 5), (1, 2, 6), (5,), (6,)], strict=True):
+            lead = question[: len(question) - len(end)]
+            assert question[len(lead) :] == end and len(lead) <= 30
+            assert not lead or [*lead] == [*range(lead[0], lead[0] + len(lead))], "one piece of the text"
+            lengths.add(len(lead))
+    assert lengths == set(range(31))
