@@ -57,7 +57,10 @@ class NightCodes:
         optimizer = torch.optim.AdamW(coder.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         for _ in range(steps):
             old = [Segment.from_payload(_without_code(item.tensors), item.notes) for item in self._drawn(len(found))]
-            given = Recoverable.of(Statistics.of([*found, *old]), config.num_directions)
+            given = tonight
+            if old:
+                replayed = Recoverable.of(Statistics.of(old), config.num_directions)
+                given = Recoverable(*(torch.cat(parts) for parts in zip(tonight, replayed, strict=True)))
             optimizer.zero_grad(set_to_none=True)
             torch.stack([*coder.errors(given).values()]).sum().backward()
             optimizer.step()
