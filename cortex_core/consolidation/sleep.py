@@ -109,7 +109,6 @@ def consolidate(
     model: Cortex,
     evening: Evening,
     config: SleepConfig,
-    penalty: Callable[[SlowValues], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
     scaling: ScalingConfig | None = None,
 ) -> Night:
@@ -117,8 +116,8 @@ def consolidate(
 
     Functional distillation (Hinton et al. 2015): KL of what the teacher said to what the model with empty fast weights
     says, by gradient descent on the slow weights alone (`RowMomentum`, unless `config.optimizer` is another). What
-    is held (`Evening.held`) and any other `penalty` are added to it. In the end each slot's values are scaled towards a
-    norm, if `scaling` says so. The model is given back as it was; what it learned is the result.
+    is held (`Evening.held`) is added to it. In the end each slot's values are scaled towards a norm, if `scaling` says
+    so. The model is given back as it was; what it learned is the result.
     """
     values = slow_values(model)
     before = {name: value.detach().clone() for name, value in values.items()}
@@ -135,8 +134,8 @@ def consolidate(
                 loss = loss + config.replay_weight * replayed
             if evening.text is not None:
                 loss = loss + config.mixed_text_weight * text_loss(model, evening.text[step])
-            for held in (penalty, evening.held and evening.held.penalty):
-                loss = loss if held is None else loss + held(values)
+            if evening.held is not None:
+                loss = loss + evening.held.penalty(values)
             loss.backward()
             after_backward()
             for group in optimizer.param_groups:

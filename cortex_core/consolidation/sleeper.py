@@ -173,10 +173,10 @@ class Sleeper:
         held = self.elastic.held() if self.elastic is not None else None
         return sleep.Evening(tonight, replayed, self._text_of(steps), held), metrics
 
-    def learn(self, evening: sleep.Evening, penalty: Callable[[sleep.SlowValues], Tensor] | None = None) -> Slept:
-        """Teach the slow weights tonight's lessons, among old ones; `penalty` as of `consolidate`. To be overridden by
-        readers that learn in another way."""
-        night = sleep.consolidate(self.model, evening, self.config, penalty, self._after_backward, self._scaling)
+    def learn(self, evening: sleep.Evening) -> Slept:
+        """Teach the slow weights tonight's lessons, among old ones. To be overridden by readers that learn in another
+        way."""
+        night = sleep.consolidate(self.model, evening, self.config, self._after_backward, self._scaling)
         metrics = dict(night.metrics)
         return Slept(metrics, self._merge(night, metrics))
 

@@ -22,7 +22,7 @@ from cortex_core.config import NightConfig, UnfreezeConfig
 from cortex_core.consolidation.guard import DriftGuard, Guard, ProbeGuard
 from cortex_core.consolidation.learning import Pace, optimizer_of, text_loss
 from cortex_core.consolidation.lessons import Lessons
-from cortex_core.consolidation.sleep import distillation_loss, trained
+from cortex_core.consolidation.sleep import Evening, distillation_loss, trained
 from cortex_core.errors import ConfigError
 
 Region = Mapping[str, Guard]
@@ -64,35 +64,32 @@ def trust_region(
 def unfreeze(
     model: Cortex,
     deltas: LowRankDeltas,
-    tonight: Lessons,
-    replay: Callable[[int], Lessons | None],
+    evening: Evening,
     region: Region,
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
     night: NightConfig | None = None,
-    text: Tensor | None = None,
 ) -> Unfrozen:
-    """Teach deltas that are attached to `model` `tonight`, among old lessons that `replay(at most so many)` draws.
+    """Teach deltas that are attached to `model` tonight's lessons among old ones, in a step for each draw of these.
 
     The loss is that of sleep and, if there is one, `anchor(model)`, such as a `TextAnchor`; the optimizer is Adam on
-    the deltas alone. `night` may say otherwise; `text` is what it mixes in, for each step. `after_backward` is called
-    where shards are to be let go. A step after which the model lies outside the region is undone to the bit, with the
-    optimizer's moments, and tried again half as long; after `max_backtracks` of these learning stops. However this
-    ends, by an exception too, the model lies inside.
+    the deltas alone. `night` may say otherwise. `Evening.held` is of slow weights, and does not count here.
+    `after_backward` is called where shards are to be let go. A step after which the model lies outside the region is
+    undone to the bit, with the optimizer's moments, and tried again half as long; after `max_backtracks` of these
+    learning stops. However this ends, by an exception too, the model lies inside.
 
     Raises ConfigError: no lessons, deltas that are not on `model`, or a model that lies outside to begin with.
     """
-    _check_start(model, deltas, tonight, region)
+    _check_start(model, deltas, evening.tonight, region)
     values, rate, log = deltas.values(), config.learning_rate, []
     before = {name: value.detach().clone() for name, value in values.items()}
     night = night or NightConfig()
     pace = Pace(values, night)
     with trained(values):
         optimizer = optimizer_of(values, night, rate, Adam)
-        for number in range(1, config.steps + 1):
-            mixed = None if text is None else text[number - 1]
-            loss = _set_gradients(model, deltas, tonight, replay(config.replayed), config, anchor, night, mixed)
+        for number in range(1, len(evening.replayed) + 1):
+            loss = _set_gradients(model, deltas, evening, number, config, anchor, night)
             after_backward()
             for _ in range(config.max_backtracks + 1):
                 log.append(_tried(model, deltas, optimizer, region, number, rate * pace.factor(number), loss))
@@ -131,20 +128,19 @@ def _check_start(model: Cortex, deltas: LowRankDeltas, tonight: Lessons, region:
 def _set_gradients(
     model: Cortex,
     deltas: LowRankDeltas,
-    tonight: Lessons,
-    old: Lessons | None,
+    evening: Evening,
+    step: int,
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None,
     night: NightConfig,
-    text: Tensor | None,
 ) -> float:
     """Of the deltas and of nothing else, although the sidecars could have some. Returns tonight's loss."""
     size, gradient, at, values = config.batch_size, night.gradient, deltas.learning_at, deltas.values()
-    loss = total = distillation_loss(model, tonight, size, gradient, at)
-    if old is not None and len(old):
+    loss = total = distillation_loss(model, evening.tonight, size, gradient, at)
+    if len(old := evening.replayed[step - 1]):
         total = loss + config.replay_weight * distillation_loss(model, old, size, gradient, at)
-    if text is not None:
-        total = total + night.mixed_text_weight * text_loss(model, text)
+    if evening.text is not None:
+        total = total + night.mixed_text_weight * text_loss(model, evening.text[step - 1])
     if anchor is not None:
         total = total + anchor(model)
     gradients = torch.autograd.grad(total, list(values.values()), materialize_grads=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from cortex_core.backbone.low_rank import LowRankDeltas
 from cortex_core.backbone.low_rank_files import load_deltas, save_deltas
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import ReplayConfig, SleepConfig, UnfreezeConfig
-from cortex_core.consolidation.lessons import Lessons
 from cortex_core.consolidation.select import candidates, chosen_deltas
-from cortex_core.consolidation.sleep import Evening, SlowValues
+from cortex_core.consolidation.sleep import Evening
 from cortex_core.consolidation.sleeper import Sleeper, Slept
 from cortex_core.consolidation.text_anchor import TextAnchor
 from cortex_core.consolidation.unfreeze import Region, unfreeze
@@ -51,24 +49,17 @@ class Unfreezer(Sleeper):
     def _grow(self) -> None:
         """Slow weights are not needed."""
 
-    def learn(self, evening: Evening, penalty: Callable[[SlowValues], Tensor] | None = None) -> Slept:
-        assert penalty is None
-        lessons, config = evening.tonight, self.unfreezing
+    def learn(self, evening: Evening) -> Slept:
+        config = self.unfreezing
         if self.deltas is None:
-            found = candidates(self.model, lessons, self._text[:SELECTION_WINDOWS], config)
+            found = candidates(self.model, evening.tonight, self._text[:SELECTION_WINDOWS], config)
             self.deltas = chosen_deltas(self.model, found, config).attach(self.model)
             self._after_backward()
         if self._anchor is not None:
             self._anchor.begin(self.num_nights)
-        old = iter(evening.replayed)
-
-        def replay(_: int) -> Lessons:
-            return next(old)
-
         learned = unfreeze(
-            self.model, self.deltas, lessons, replay, self._region, config, self._anchor, self._after_backward,
-            self.config, evening.text,
-        )  # fmt: skip
+            self.model, self.deltas, evening, self._region, config, self._anchor, self._after_backward, self.config
+        )
         rollbacks = int(learned.metrics["unfreeze/rollbacks"])
         self.num_rollbacks += rollbacks
         return Slept(learned.metrics, kept=learned.metrics["unfreeze/steps"] > 0)

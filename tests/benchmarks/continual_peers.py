@@ -33,9 +33,9 @@ class Elastic(Sleeper):
         self._held = ElasticWeights(self.model, fisher)
         self._learned: list[Lessons] = []
 
-    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
+    def learn(self, evening: Evening) -> Slept:
         self._learned.append(evening.tonight)
-        return super().learn(evening._replace(held=self._held.held()), penalty)
+        return super().learn(evening._replace(held=self._held.held()))
 
     def task_over(self) -> None:
         """Measure what the task's lessons depend on, and hold it from here on."""
@@ -81,15 +81,15 @@ class LowRank(Sleeper):
         self.deltas = LowRankDeltas(self.model.backbone, names, unfreezing.rank, unfreezing.scale, unfreezing.seed)
         self.deltas.attach(self.model)
 
-    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
-        learned = unfreeze(self.model, self.deltas, evening.tonight, lambda most: None, {}, self.unfreezing)
+    def learn(self, evening: Evening) -> Slept:
+        learned = unfreeze(self.model, self.deltas, evening, {}, self.unfreezing)
         return Slept(learned.metrics, kept=True)
 
 
 class Joint(Sleeper):
     """Joint training: nothing is learned until all tasks have been told, then all of their lessons together."""
 
-    def learn(self, evening: Evening, penalty: Any = None) -> Slept:
+    def learn(self, evening: Evening) -> Slept:
         return Slept({}, kept=True)  # the buffer keeps tonight's lessons
 
     def learn_all(self, steps: int, batch_size: int) -> None:

@@ -24,7 +24,7 @@ from cortex_core.optim.groups import MINI_SCALE
 from cortex_core.optim.row_momentum import RowMomentum
 from cortex_core.training.life import mixed_text, new_sleeper
 from tests.consolidation import sleepers
-from tests.consolidation.unfreeze_scenes import QUICK, facts, nothing, scene, text, with_slow
+from tests.consolidation.unfreeze_scenes import QUICK, evening, facts, scene, text, with_slow
 
 FREE = QUICK.model_copy(update={"steps": 6})
 
@@ -51,7 +51,7 @@ def test_the_optimizer_is_the_one_that_is_named() -> None:
 def test_apollo_mini_in_a_night_is_the_optimizer_run_by_hand() -> None:
     night = changed(optimizer="apollo_mini")
     model, deltas = scene()
-    unfreeze(model, deltas, facts()[0], nothing, {}, FREE, night=night)
+    unfreeze(model, deltas, evening(facts()[0], FREE), {}, FREE, night=night)
     other, plain = scene()
     with trained(plain.values()):
         named = [*plain.values().items()]
@@ -68,15 +68,15 @@ def test_apollo_mini_in_a_night_is_the_optimizer_run_by_hand() -> None:
 
 def test_adamw_is_adam_where_nothing_decays() -> None:
     (model, one), (other, two) = scene(), scene()
-    unfreeze(model, one, facts()[0], nothing, {}, FREE)
-    unfreeze(other, two, facts()[0], nothing, {}, FREE, night=changed(optimizer="adamw"))
+    unfreeze(model, one, evening(facts()[0], FREE), {}, FREE)
+    unfreeze(other, two, evening(facts()[0], FREE), {}, FREE, night=changed(optimizer="adamw"))
     for name, value in one.values().items():
         torch.testing.assert_close(value, two.values()[name])
 
 
 def test_warm_up_rises_to_the_rate() -> None:
     model, deltas = scene()
-    out = unfreeze(model, deltas, facts()[0], nothing, {}, FREE, night=changed(warmup_steps=4))
+    out = unfreeze(model, deltas, evening(facts()[0], FREE), {}, FREE, night=changed(warmup_steps=4))
     shares = [step.learning_rate / FREE.learning_rate for step in out.log]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     assert Pace({}, changed()).factor(1) == 1.0
@@ -99,7 +99,7 @@ def test_without_decay_the_night_is_the_plain_one(place: str) -> None:
             config = SleepConfig.model_validate({"learning_rate": 0.1, **switches})
             return sleep.consolidate(with_slow(), Evening(facts()[0], [Lessons.none(8)] * 6), config).delta
         model, deltas = scene()
-        unfreeze(model, deltas, facts()[0], nothing, {}, FREE, night=changed(**switches))
+        unfreeze(model, deltas, evening(facts()[0], FREE), {}, FREE, night=changed(**switches))
         return deltas.values()
 
     plain, off, on = learned(), learned(ema_decay=0.0, warmup_steps=0), learned(ema_decay=0.9)
@@ -121,8 +121,8 @@ def test_an_average_outside_of_the_region_is_not_taken() -> None:
             return self.asked != FREE.steps + 2
 
     (model, one), (other, two) = scene(), scene()
-    unfreeze(model, one, facts()[0], nothing, {"g": Refusing()}, FREE, night=changed(ema_decay=0.9))
-    unfreeze(other, two, facts()[0], nothing, {}, FREE)
+    unfreeze(model, one, evening(facts()[0], FREE), {"g": Refusing()}, FREE, night=changed(ema_decay=0.9))
+    unfreeze(other, two, evening(facts()[0], FREE), {}, FREE)
     assert all(torch.equal(value, two.values()[name]) for name, value in one.values().items())
 
 
@@ -137,9 +137,9 @@ def test_mixed_text_is_next_token_loss_and_a_weight_of_0_is_none() -> None:
     torch.testing.assert_close(
         loss, functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[0][:, 1:].flatten())
     )
-    unfreeze(model, one, facts()[0], nothing, {}, FREE)
-    unfreeze(other, two, facts()[0], nothing, {}, FREE, night=changed(mixed_text_weight=0.0), text=windows)
-    unfreeze(third, three, facts()[0], nothing, {}, FREE, night=changed(mixed_text_weight=3.0), text=windows)
+    unfreeze(model, one, evening(facts()[0], FREE), {}, FREE)
+    unfreeze(other, two, evening(facts()[0], FREE, text=windows), {}, FREE, night=changed(mixed_text_weight=0.0))
+    unfreeze(third, three, evening(facts()[0], FREE, text=windows), {}, FREE, night=changed(mixed_text_weight=3.0))
     assert all(torch.equal(value, two.values()[name]) for name, value in one.values().items())
     with torch.no_grad():
         assert text_loss(third, windows[0]) < text_loss(model, windows[0])

@@ -71,11 +71,11 @@ def test_the_same_night_gives_the_same_delta_whatever_fits_side_by_side(learned:
 def test_a_penalty_holds_the_slow_weights(learned: tuple[Cortex, Lessons]) -> None:
     model, tonight = learned
     free = sleep.consolidate(model, alone(tonight), QUICK)
-
-    def penalty(values: sleep.SlowValues) -> torch.Tensor:
-        return 10.0 * torch.stack([value.square().sum() for value in values.values()]).sum()
-
-    held = sleep.consolidate(model, alone(tonight), QUICK, penalty)
+    values = sleep.slow_values(model)
+    to_zero = sleep.Held(
+        {n: torch.full_like(v, 20.0) for n, v in values.items()}, {n: 0 * v for n, v in values.items()}
+    )
+    held = sleep.consolidate(model, alone(tonight)._replace(held=to_zero), QUICK)
     assert held.metrics["sleep/delta_norm"] < 0.5 * free.metrics["sleep/delta_norm"]
 
 

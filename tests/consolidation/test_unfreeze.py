@@ -20,11 +20,10 @@ from cortex_core.backbone.prompts import Prompts
 from cortex_core.config import NightConfig, UnfreezeConfig
 from cortex_core.consolidation import unfreeze as module
 from cortex_core.consolidation.guard import DriftGuard, ProbeGuard
-from cortex_core.consolidation.lessons import Lessons
 from cortex_core.consolidation.text_anchor import TextAnchor
 from cortex_core.consolidation.unfreeze import Unfrozen, measured, trust_region, unfreeze
 from cortex_core.errors import ConfigError
-from tests.consolidation.unfreeze_scenes import QUICK, facts, nothing, probes, scene, share_right, text
+from tests.consolidation.unfreeze_scenes import QUICK, evening, facts, probes, scene, share_right, text
 from tests.tiny import same, weights
 
 
@@ -36,7 +35,7 @@ def taught(config: UnfreezeConfig, family: str = "qwen2") -> tuple[Cortex, LowRa
     """Without an anchor: nothing but the region holds it."""
     model, deltas = scene(family, config)
     region = trust_region(model, text(), probes(), config)
-    return model, deltas, unfreeze(model, deltas, facts()[0], nothing, region, config)
+    return model, deltas, unfreeze(model, deltas, evening(facts()[0], config), region, config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
@@ -46,7 +45,7 @@ def test_deltas_alone_learn_lessons_inside_the_region(family: str) -> None:
     (lessons, right), region = facts(), trust_region(model, text(), probes(), config)
     backbone, sidecars = weights(model.backbone), weights(model.sidecars)
     assert share_right(model, lessons, right) < 0.3
-    out = unfreeze(model, deltas, lessons, nothing, region, config, TextAnchor(text(16, seed=9), config))
+    out = unfreeze(model, deltas, evening(lessons, config), region, config, TextAnchor(text(16, seed=9), config))
     assert share_right(model, lessons, right) == 1.0
     assert out.metrics["unfreeze/loss_last_nats"] < out.metrics["unfreeze/loss_first_nats"] - 0.3
     assert out.metrics["unfreeze/text_nats"] <= 0.004
@@ -77,7 +76,7 @@ def test_at_every_return_the_model_is_inside(learning_rate: float, steps: int, b
     )
     model, deltas = scene(config=config)
     region = trust_region(model, text(), probes(), config)
-    out = unfreeze(model, deltas, facts()[0], nothing, region, config)
+    out = unfreeze(model, deltas, evening(facts()[0], config), region, config)
     assert deltas.is_finite
     found = measured(model, region)
     assert all(drift <= bound for drift in found.values())
@@ -108,7 +107,7 @@ def test_without_a_region_it_goes_further() -> None:
     model, deltas = scene(config=config)
     lessons, _ = facts()
     watch = trust_region(model, text(), probes(), config)
-    out = unfreeze(model, deltas, lessons, nothing, {}, config)
+    out = unfreeze(model, deltas, evening(lessons, config), {}, config)
     assert out.metrics["unfreeze/rollbacks"] == 0.0
     assert inside.metrics["unfreeze/rollbacks"] > 0.0
     assert measured(model, watch)["text"] > 0.004 >= inside.metrics["unfreeze/text_nats"]
@@ -118,7 +117,7 @@ def test_without_a_region_it_goes_further() -> None:
 def test_without_a_region_numbers_still_have_to_be_numbers() -> None:
     config = changed(learning_rate=1e30, scale=1e30, max_backtracks=1)
     model, deltas = scene(config=config)
-    unfreeze(model, deltas, facts()[0], nothing, {}, config)
+    unfreeze(model, deltas, evening(facts()[0], config), {}, config)
     assert deltas.is_finite
 
 
@@ -159,7 +158,7 @@ def test_moments_are_rolled_back_and_the_same_gradient_tried_again(monkeypatch: 
     config = changed(steps=2, learning_rate=0.01)
     model, deltas = scene(config=config)
     guard = Refusing([True, True, False, False, True])
-    out = unfreeze(model, deltas, facts()[0], nothing, {"g": guard}, config)
+    out = unfreeze(model, deltas, evening(facts()[0], config), {"g": guard}, config)
     assert [(step.number, step.kept) for step in out.log] == [(1, True), (2, False), (2, False), (2, True)]
     assert [step.learning_rate for step in out.log] == [0.01, 0.01, 0.005, 0.0025]
     assert [step.drift_nats["g"] for step in out.log] == [1.0, 2.0, 3.0, 4.0]
@@ -172,7 +171,7 @@ def test_moments_are_rolled_back_and_the_same_gradient_tried_again(monkeypatch: 
     with module.trained(plain.values()):
         optimizer = Adam(plain.values().values(), lr=0.01, betas=(0.9, 0.98))
         for rate in (0.01, 0.0025):
-            module._set_gradients(plain_model, plain, lessons, None, config, None, NightConfig(), None)
+            module._set_gradients(plain_model, plain, evening(lessons, config), 1, config, None, NightConfig())
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
     assert same(weights(deltas), weights(plain))
@@ -182,7 +181,7 @@ def test_the_rate_recovers_up_to_where_it_began() -> None:
     config = changed(steps=5)
     model, deltas = scene(config=config)
     guard = Refusing([True, False, False, True, True, True, True, True])
-    out = unfreeze(model, deltas, facts()[0], nothing, {"g": guard}, config)
+    out = unfreeze(model, deltas, evening(facts()[0], config), {"g": guard}, config)
     assert [step.learning_rate for step in out.log] == [0.01, 0.005, 0.0025, 0.005, 0.01, 0.01, 0.01]
 
 
@@ -201,30 +200,25 @@ def interrupted(guard: Refusing, at: int) -> Iterator[None]:
 def test_an_interrupted_step_is_undone() -> None:
     config = changed(steps=1)
     kept_model, kept = scene(config=config)
-    unfreeze(kept_model, kept, facts()[0], nothing, {}, config)
+    unfreeze(kept_model, kept, evening(facts()[0], config), {}, config)
     model, deltas = scene(config=config)
     guard = Refusing([True] * 9)
     with interrupted(guard, at=2):
-        unfreeze(model, deltas, facts()[0], nothing, {"g": guard}, changed(steps=5))
+        unfreeze(model, deltas, evening(facts()[0], changed(steps=5)), {"g": guard}, config)
     assert same(weights(deltas), weights(kept))
     assert not any(value.requires_grad for value in deltas.parameters())
 
 
 def test_old_lessons_are_replayed_and_weighed() -> None:
     """Two lessons with one answer each: what is replayed is learned with what is new."""
-    config = changed(steps=16, replayed=4, text_weight=0.0)
-    (old, old_right), asked = facts(4, seed=3), []
-
-    def replay(most: int) -> Lessons:
-        asked.append(most)
-        return old
-
+    config = changed(steps=16, text_weight=0.0)
+    old, old_right = facts(4, seed=3)
+    among = evening(facts(4)[0], config, old)
     model, deltas = scene(config=config)
-    unfreeze(model, deltas, facts(4)[0], replay, {}, config)
-    assert asked == [4] * 16
+    unfreeze(model, deltas, among, {}, config)
     assert share_right(model, old, old_right) == 1.0
     model, deltas = scene(config=config)
-    unfreeze(model, deltas, facts(4)[0], replay, {}, changed(steps=16, replayed=4, replay_weight=0.0))
+    unfreeze(model, deltas, among, {}, changed(replay_weight=0.0))
     assert share_right(model, old, old_right) < 1.0
 
 
@@ -234,7 +228,7 @@ def test_nights_are_held_to_the_original_together() -> None:
     model, deltas = scene(config=config)
     region = trust_region(model, text(), None, config)
     for night in range(4):
-        unfreeze(model, deltas, facts(seed=night)[0], nothing, region, config)
+        unfreeze(model, deltas, evening(facts(seed=night)[0], config), region, config)
         assert measured(model, region)["text"] <= 0.004
 
 
@@ -244,7 +238,7 @@ def test_it_learns_beside_gradient_checkpointing() -> None:
         model, deltas = scene("llama")
         if checkpointed:
             model.checkpoint_gradients()
-        unfreeze(model, deltas, facts()[0], nothing, {}, QUICK)
+        unfreeze(model, deltas, evening(facts()[0], QUICK), {}, QUICK)
         results.append(deltas)
     plain, again = map(weights, results)
     assert all(torch.allclose(plain[name], again[name], atol=1e-4) for name in plain)
@@ -271,7 +265,7 @@ def test_what_cannot_begin_is_refused(how: str) -> None:
                     value.fill_(0.2)
     before, switch = weights(deltas), deltas.off() if how == "off" else nullcontext()
     with switch, pytest.raises(ConfigError, match=message) as raised:
-        unfreeze(model, deltas, lessons, nothing, region, QUICK)
+        unfreeze(model, deltas, evening(lessons, QUICK), region, QUICK)
     assert "\n" not in str(raised.value)
     assert same(weights(deltas), before)
 
@@ -351,5 +345,5 @@ def test_modules_can_be_few() -> None:
     model, deltas = scene()
     deltas.remove()
     one = LowRankDeltas(model.backbone, names, QUICK.rank).attach(model)
-    out = unfreeze(model, one, facts()[0], nothing, {}, QUICK)
+    out = unfreeze(model, one, evening(facts()[0], QUICK), {}, QUICK)
     assert out.metrics["unfreeze/loss_last_nats"] > every.metrics["unfreeze/loss_last_nats"]

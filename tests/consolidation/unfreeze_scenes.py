@@ -11,7 +11,7 @@ from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 from cortex_core.config import UnfreezeConfig
 from cortex_core.consolidation.lessons import Lessons, Taught
-from cortex_core.consolidation.sleep import slow_values
+from cortex_core.consolidation.sleep import Evening, slow_values
 from tests.backbone.families import VOCAB, random_ids, with_memory
 
 QUICK = UnfreezeConfig(
@@ -65,5 +65,8 @@ def share_right(model: Cortex, lessons: Lessons, right: Tensor) -> float:
     return float((answers(model, lessons.prompts).argmax(-1) == right).float().mean())
 
 
-def nothing(_: int) -> None:
-    """Replays no old lesson."""
+def evening(
+    tonight: Lessons, config: UnfreezeConfig, old: Lessons | None = None, text: Tensor | None = None
+) -> Evening:
+    """Of as many steps as `config` says, each with the same old lessons, or none."""
+    return Evening(tonight, [Lessons.none(8) if old is None else old] * config.steps, text)
