@@ -76,7 +76,7 @@ class CodesConfig(Settings):
 class ReplayConfig(Settings):
     """What is kept for sleep, and what of it is replayed."""
 
-    capacity_items: PositiveInt = 1024
+    capacity_items: PositiveInt = 8192
     """Items that are kept at most."""
     capacity_bytes: PositiveInt = 268_435_456
     """Bytes of their tensors and notes that are kept at most. One item that is larger is refused."""

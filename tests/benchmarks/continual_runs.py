@@ -55,7 +55,7 @@ class Scale:
     facts_per_day: int = 8
     day_tokens: int = 512
     lead_tokens: int = LEAD_TOKENS
-    slots: int = 16384
+    slots: int = 32768
     capacity_items: int = 8192
     text_rows: int = 64
     text_tokens: int = 1024

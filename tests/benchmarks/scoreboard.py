@@ -29,6 +29,7 @@ from tests.benchmarks.child import ROOT
 from tests.benchmarks.row import Row, table
 from tests.benchmarks.rows import (
     associative_recall,
+    codes,
     continual,
     cost,
     far,
@@ -50,6 +51,7 @@ from tests.benchmarks.rows import (
     sweep,
     tasks,
     text,
+    unfreezing,
     wallclock,
     worlds,
 )
@@ -120,6 +122,8 @@ MEASUREMENTS = (
     Measurement(sweep.sweep_overhead_ratio, (sweep.OVERHEAD_ROW,), "sweep", needs_run=False),
     Measurement(sleep.lives_of_facts, sleep.LIFE_ROWS, "sleep"),
     Measurement(sleep.dreams_for_lessons, sleep.DREAM_ROWS, "dreams"),
+    Measurement(codes.segment_codes, codes.ROWS, "codes"),
+    Measurement(unfreezing.facts_in_the_backbone, unfreezing.ROWS, "unfreezing"),
     Measurement(continual.tasks_one_after_the_other, continual.ROWS, "continual", needs_run=False),
     Measurement(scales.six_scales, scales.ROWS, "scales", needs_run=False),
     Measurement(scales.five_predictions, scales.PREDICTION_ROWS, "scales", needs_run=False),
