@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,9 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cortex_core.backbone.load import load_tokenizer
+from cortex_core.dreaming import provenance
 from cortex_core.dreaming.graph import MemoryGraph
 from cortex_core.dreaming.picture import picture
+from cortex_core.training.dreams import PROVENANCE
+from pipelines.config import RunConfig
 from pipelines.drawing import HAIRLINE, MUTED, OFF, ON, PAPER, STYLE, add_title, image_bytes, panel_grid, percent
+from pipelines.sleep_report import DREAMED
 
 SUMMARY, PICTURE = "dreams.json", "memories.png"
 SHOWN = 12
@@ -28,6 +34,20 @@ FIGURES = {
     "miss": "Rejected of those that are right",
     "good": "Right among all",
 }
+
+
+def write_dreamed(config: RunConfig, finished: Path, folder: Path) -> list[Path]:
+    """The dreams that a life has learned from, or not, as lines of JSON in `folder`; nothing if there were none.
+
+    Raises DataError.
+    """
+    rows = provenance.unpacked((finished / PROVENANCE).read_bytes())
+    if not rows:
+        return []
+    tokenizer, path = load_tokenizer(config.backbone), folder / DREAMED
+    path.unlink(missing_ok=True)
+    provenance.append(path, (provenance.with_text(row, lambda ids: str(tokenizer.decode([*ids]))) for row in rows))
+    return [path]
 
 
 def draw(graph: MemoryGraph, walk: Sequence[int]) -> bytes:

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from cortex_core.training.dreams import MEMORIES
 from pipelines.config import EVALUATION, SIDECARS_FOLDER, RunConfig, located
+from pipelines.dream_report import write_dreamed
 from pipelines.progress import print_where
 from pipelines.runs import locked
-from pipelines.sleep_report import DOCUMENT, PICTURE, headline, print_summary, write
+from pipelines.sleep_report import DOCUMENT, DREAMED, PICTURE, headline, print_summary, write
 from pipelines.tracking import TrackedRun
 from pipelines.train import complete, replace_folder, work
 
@@ -27,6 +28,7 @@ def run(config: RunConfig) -> int:
         document, tracked = work(config, console, job="sleep", total=days, publish=publish)
         print_summary(document, console)
         places = {"Picture": PICTURE, "Numbers": DOCUMENT, "Sidecars": SIDECARS_FOLDER}
+        places |= {"Dreams": DREAMED} if config.sleep.dream_frac else {}
         print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 
@@ -38,6 +40,8 @@ def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedR
     shutil.copy(finished / MEMORIES, folder / MEMORIES)
     document = complete(config, json.loads((finished / EVALUATION).read_text()))
     written = write(document, folder)
+    if config.sleep.dream_frac:
+        written += write_dreamed(config, finished, folder)
     tracked.log_metrics(headline(document), step=len(document["days"]))
     tracked.log_table(document["rows"], "sleep_rows.json")
     tracked.log_artifacts([*written, folder / SIDECARS_FOLDER])

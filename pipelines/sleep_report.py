@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pipelines.drawing import MUTED, ON, STYLE, add_title, image_bytes, panel_grid, percent, plain_axes
 
-DOCUMENT, PICTURE = "sleep.json", "sleep.png"
+DOCUMENT, PICTURE, DREAMED = "sleep.json", "sleep.png", "dreamed.jsonl"
 
 
 def write(document: Mapping[str, Any], folder: Path) -> list[Path]:

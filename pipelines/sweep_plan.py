@@ -18,6 +18,7 @@ from cortex_core.errors import ConfigError, DataError
 from pipelines.config import RunConfig, load_config
 from pipelines.explain import knobs, nearest, parse_text
 from pipelines.resolve import find_recipe
+from pipelines.trained import require_new_memory
 from tune_spaces.study import SHIPPED, SHORT, Choice, Search, Study, domain
 
 TRIALS_FOLDER = "trials"
@@ -109,6 +110,7 @@ def plan(
     made = SweepPlan(
         chosen, load_config(recipe, dict(chosen.overrides) | named), load_config(recipe, named), stop_early, concurrent
     )
+    require_new_memory(made.config, "cortex tune")
     _check(made)
     return made
 

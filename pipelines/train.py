@@ -42,6 +42,7 @@ def run(config: RunConfig) -> int:
         if config.life.beside_training:
             sleep_report.print_summary(json.loads((config.run_dir / sleep_report.DOCUMENT).read_text()), console)
             places |= {"Life": sleep_report.PICTURE}
+            places |= {"Dreams": sleep_report.DREAMED} if config.sleep.dream_frac else {}
         print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 
@@ -124,6 +125,10 @@ def publish_life(config: RunConfig, finished: Path, tracked: TrackedRun) -> dict
     shutil.copy(finished / MEMORIES, folder / MEMORIES)
     document = complete(config, json.loads((finished / LIFE).read_text()))
     written = sleep_report.write(document, folder)
+    if config.sleep.dream_frac:
+        from pipelines.dream_report import write_dreamed  # imports torch
+
+        written += write_dreamed(config, finished, folder)
     tracked.log_metrics(sleep_report.headline(document), step=config.training.steps)
     tracked.log_table(document["rows"], "sleep_rows.json")
     tracked.log_artifacts(written)

@@ -35,6 +35,20 @@ def with_its_memory(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"fast_weights": memory})
 
 
+def require_new_memory(config: RunConfig, command: str) -> None:
+    """For commands that compare memories which they train from the beginning. Raises ConfigError for any other run."""
+    if config.stage != "memory":
+        raise ConfigError(
+            f'stage = "{config.stage}": must be "memory": {command} compares memories that it trains. Give the recipe '
+            "of one, such as demo"
+        )
+    if config.sidecars is not None:
+        raise ConfigError(
+            f"sidecars = {config.sidecars}: must be null: {command} compares memories that it trains from the "
+            "beginning. Leave it out"
+        )
+
+
 def settings_of(folder: Path, overrides: list[str]) -> RunConfig:
     """The settings of a run whose training has finished, with overrides. Raises DataError, ConfigError."""
     if not (folder / CONFIG_FILE).is_file():

@@ -14,6 +14,7 @@ from cortex_core.eval.ablations import REFERENCE, VARIANTS
 from pipelines.config import RunConfig, load_config
 from pipelines.explain import nearest, show
 from pipelines.resolve import find_recipe
+from pipelines.trained import require_new_memory
 
 
 class Plan(NamedTuple):
@@ -40,6 +41,7 @@ def plan(recipe: str | Path, overrides: Sequence[str] = (), names: str | None = 
     """
     chosen = choose(names)
     config = load_config(find_recipe(recipe), overrides)
+    require_new_memory(config, "cortex ablate")
     _refuse_collisions(overrides, chosen)
     return Plan(config, {name: _configured(name, config, chosen) for name in chosen})
 

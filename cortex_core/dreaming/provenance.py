@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,20 +41,35 @@ def row(dream: Dream, verdict: Verdict, decode: Decode | None = None) -> Row:
         "reasons": [str(reason) for reason in verdict.reasons],
         "scores": verdict.scores._asdict(),
     }
-    if decode is not None:
-        found |= {f"{name}_text": decode(found[name]) for name in ("prompt", "answer")}
-    return found
+    return found if decode is None else with_text(found, decode)
+
+
+def with_text(found: Row, decode: Decode) -> Row:
+    """A row with its prompt and answer as text, too."""
+    return found | {f"{name}_text": decode(found[name]) for name in ("prompt", "answer")}
+
+
+def packed(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as compressed lines. What was packed one after the other is, end to end, as if packed at once."""
+    return gzip.compress(_lines(rows), mtime=0)
+
+
+def unpacked(data: bytes) -> list[Row]:
+    """What `packed` was given. Raises DataError for anything else."""
+    try:
+        return [json.loads(line) for line in gzip.decompress(data).splitlines()] if data else []
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"dreams: not packed lines of JSON ({error}); damaged") from error
 
 
 def append(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a file of one writer, or begin it; they are on disk when this returns. What a crash has left of a
     line is taken out first."""
-    lines = "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.truncate(_whole(file))
-        file.write(lines)
+        file.write(_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -95,6 +111,10 @@ def _cell(line: Mapping[str, Any], name: str, width: int) -> str:
         found = "yes" if found else "no"
     text = "" if found is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(found))
     return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
 
 
 def _whole(file: Any) -> int:

@@ -15,6 +15,7 @@ from cortex_core.backbone.prompts import Prompts
 from cortex_core.backbone.session import Session
 from cortex_core.config import DreamConfig, SleepConfig
 from cortex_core.consolidation.lessons import Lessons, Taught
+from cortex_core.dreaming import provenance
 from cortex_core.dreaming.dream import Dream, Dreamer
 from cortex_core.dreaming.graph import MemoryGraph
 from cortex_core.dreaming.judge import Verdict, judge
@@ -23,7 +24,7 @@ from cortex_core.dreaming.ngrams import NgramSet
 from cortex_core.errors import DataError
 
 SCHEMA = "cortex-dreams/1"
-MEMORIES, DREAMED = "memories.safetensors", "dreamed.safetensors"
+MEMORIES, DREAMED, PROVENANCE = "memories.safetensors", "dreamed.safetensors", "dreamed.jsonl.gz"
 _COUNTERS = ("_next_ticket", "_next_memory", "_num_days", "_num_nights", "_num_draws")
 
 
@@ -39,6 +40,8 @@ class Dreams:
         self.graph = MemoryGraph.of((), config.graph)
         self.table: list[tuple[Dream, Verdict]] = []
         """Tonight's dreams, kept or not."""
+        self.packed_rows = b""
+        """Those of all nights, as `provenance.packed`, with the number of the `night`."""
         self._question, self._top = tuple(question), sleep.top_tokens
         self._per_night, self._min_write = sleep.dreams_per_night, sleep.min_write
         self._earlier = NgramSet.empty(config.judge.ngram_tokens, config.judge.set_bits)
@@ -54,6 +57,8 @@ class Dreams:
         dreams = self.made(self._per_night)
         verdicts, self._earlier = judge(dreams, self.graph.record, self.config.judge, earlier=self._earlier)
         self.table = list(zip(dreams, verdicts, strict=True))
+        rows = (provenance.row(*judged) | {"night": self._num_nights} for judged in self.table)
+        self.packed_rows += provenance.packed(rows)
         self.graph = self.graph.after(dream.memories for dream in dreams)
         kept = [dream for dream, verdict in self.table if verdict.passed]
         if kept:
@@ -86,11 +91,12 @@ class Dreams:
         self.graph = self.graph.with_memories(new)
 
     def save(self, folder: str | Path) -> None:
-        """Write the memories and what was dreamed before into a folder; not tonight's dreams, which a night makes."""
+        """Write the memories and what was dreamed before into a folder; not tonight's lessons, which a night makes."""
         folder = Path(folder)
         self.graph.save(folder / MEMORIES)
         notes = {name: getattr(self, name) for name in _COUNTERS}
         files.write(folder / DREAMED, SCHEMA, {"earlier": torch.from_numpy(self._earlier.bits)}, notes)
+        (folder / PROVENANCE).write_bytes(self.packed_rows)
 
     def load(self, folder: str | Path) -> None:
         """Go on from `save`, under the same settings. Raises DataError."""
@@ -102,7 +108,9 @@ class Dreams:
             raise DataError(f"{folder / DREAMED}: was written under another judge.set_bits, or is damaged")
         if any(type(counter) is not int or counter < 0 for counter in counters):
             raise DataError(f"{folder / DREAMED}: its counters {counters} are damaged")
-        self.graph = MemoryGraph.load(folder / MEMORIES)
+        if not (folder / PROVENANCE).is_file():
+            raise DataError(f"{folder / PROVENANCE}: is missing; the checkpoint is damaged")
+        self.graph, self.packed_rows = MemoryGraph.load(folder / MEMORIES), (folder / PROVENANCE).read_bytes()
         self._earlier = replace(self._earlier, bits=bits)
         for name, counter in zip(_COUNTERS, counters, strict=True):
             setattr(self, name, counter)

@@ -78,6 +78,8 @@ def test_what_a_sweep_is_does_not_depend_on_where_it_runs() -> None:
         ("fastweights", {}, r"fastweights: no such study\. .*Did you mean fast_weights\?"),
         ("learning", {"overrides": ["validation.every_steps=0"]}, r"validation\.every_steps = 0: must be 1 to 80"),
         ("learning", {"overrides": ["cluster.num_workers=0"]}, r"cluster\.num_workers = 0: .* Set cluster\.num_workers=1"),
+        ("learning", {"overrides": ["sidecars=runs/a/sidecars"]}, r"sidecars = runs/a/sidecars: must be null: cortex tune compares"),
+        ("learning", {"overrides": ["stage=sleep", "sidecars=runs/a/sidecars"]}, r'stage = "sleep": must be "memory": .*such as demo'),
         ("learning", {"overrides": ["rank"]}, r"'rank' is not an override: write name=value"),
         ("sparsity", {"search": "pbt"}, r"study sparsity: fast_weights\.dead_zone: pbt changes settings while a run goes on, .*this one\. "
             r"Give a value for all trials, e\.g\. fast_weights\.dead_zone=0\.2, or choose another --search"),

@@ -23,7 +23,7 @@ from cortex_core.training.dreams import MEMORIES
 from pipelines import cli, train
 from pipelines.config import SIDECARS_FOLDER, ClusterConfig, RunConfig
 from pipelines.dream import DREAMS, FOLDER
-from pipelines.sleep_report import DOCUMENT, PICTURE
+from pipelines.sleep_report import DOCUMENT, DREAMED, PICTURE
 from tests import tiny
 from tests.consolidation import sleepers
 from tests.pipelines.living_scenes import run_config
@@ -119,6 +119,9 @@ def test_what_it_leaves_and_that_it_dreams_on(
     assert share == pytest.approx(known["after", 0], abs=0.1), "as users load them"
 
     assert cli.main(["dream", str(folder), "--number", "10"]) == 0
+    learned = provenance.read(folder / DREAMED)
+    assert [row["ticket"] for row in learned] == [*range(len(learned))] and {row["night"] for row in learned} == {2, 3}
+    assert all((row["passed"] or row["reasons"]) and row["prompt_text"] for row in learned)
     rows = provenance.read(folder / FOLDER / DREAMS)
     assert [row["ticket"] for row in rows] == [*range(10)]
 

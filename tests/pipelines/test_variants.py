@@ -64,6 +64,7 @@ def test_every_variant_of_the_demo_passes_the_checks(tmp_path: Path) -> None:
         ("mean_gate,no_gate", ["fast_weights.controller=false"],
          ['variant mean_gate: fast_weights.controller_test = "mean_gate" needs a controller', "--variants cortex,no_gate"]),
         ("no_decay", ["training.steps=0"], ["training.steps = 0: must be at least 1"]),
+        ("no_decay", ["sidecars=runs/a/sidecars"], ["sidecars = runs/a/sidecars: must be null: cortex ablate compares"]),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip

@@ -3,14 +3,17 @@ what was told first."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from cortex_core.config import DreamConfig, LifeConfig, ReplayConfig, ScenarioConfig
 from cortex_core.consolidation.lessons import Taught
 from cortex_core.consolidation.sleeper import Sleeper
-from cortex_core.errors import ConfigError
-from cortex_core.training.dreams import Dreams
+from cortex_core.dreaming import provenance
+from cortex_core.errors import ConfigError, DataError
+from cortex_core.training.dreams import PROVENANCE, Dreams
 from cortex_core.training.life import Life, new_sleeper
 from tests.consolidation import sleepers
 
@@ -47,6 +50,24 @@ def test_dreams_are_of_what_was_written_and_those_that_pass_are_right(dreamer: L
     assert len(kept) >= 12 and all(dream.answer.tokens == dreams.graph.record[dream.question] for dream in kept)
     told_last = {tuple(dreamer.book.question(fact)) for fact in dreamer.book.facts[8:]}
     assert not told_last & {dream.question for dream in kept}, "the last night dreams of the days before it"
+
+
+def test_every_dream_of_a_life_is_on_record(dreamer: Life, tmp_path: Path) -> None:
+    """Where each came from and what became of it, of all nights; a life that goes on from its files keeps it."""
+    dreams = dreamer.sleeper.dreams
+    assert isinstance(dreams, Dreams)
+    rows = provenance.unpacked(dreams.packed_rows)
+    assert [row["ticket"] for row in rows] == [*range(48)], "the first night has nothing to dream of"
+    assert [row["night"] for row in rows] == [2] * 24 + [3] * 24
+    assert [row["passed"] for row in rows[24:]] == [verdict.passed for _, verdict in dreams.table]
+    assert all(row["walk"] and (row["passed"] or row["reasons"]) for row in rows)
+    dreams.save(tmp_path)
+    again = Dreams(dreams.model, SHORT, sleepers.QUICK, [0])
+    again.load(tmp_path)
+    assert provenance.unpacked(again.packed_rows) == rows
+    (tmp_path / PROVENANCE).unlink()
+    with pytest.raises(DataError, match=r"dreamed\.jsonl\.gz: is missing"):
+        again.load(tmp_path)
 
 
 def test_draws_are_lessons_without_putting_back(dreamer: Life) -> None:
