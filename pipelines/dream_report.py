@@ -20,7 +20,7 @@ from cortex_core.backbone.load import load_tokenizer
 from cortex_core.dreaming import provenance
 from cortex_core.dreaming.graph import MemoryGraph
 from cortex_core.dreaming.picture import picture
-from cortex_core.training.dreams import PROVENANCE
+from cortex_core.training.dreams import dreamed_in
 from pipelines.config import RunConfig
 from pipelines.drawing import HAIRLINE, MUTED, OFF, ON, PAPER, STYLE, add_title, image_bytes, panel_grid, percent
 from pipelines.sleep_report import DREAMED
@@ -41,7 +41,7 @@ def write_dreamed(config: RunConfig, finished: Path, folder: Path) -> list[Path]
 
     Raises DataError.
     """
-    rows = provenance.unpacked((finished / PROVENANCE).read_bytes())
+    rows = dreamed_in(finished)
     if not rows:
         return []
     tokenizer, path = load_tokenizer(config.backbone), folder / DREAMED

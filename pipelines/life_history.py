@@ -30,14 +30,24 @@ class History:
         self.days: list[dict[str, float]] = []
         self.known: list[list[float]] = []
         """After each day and night, the share of the facts of this and every earlier day."""
+        self._waiting: list[tuple[int, list[dict[str, float]]]] = []
+        """Days, with metrics of their nights, of which not all is known yet."""
 
-    def add(self, day: Day) -> None:
-        """After a day and its night."""
+    def add(self, day: Day, num_away: int = 0) -> None:
+        """After a day, whose night may still be slept elsewhere, as one of `num_away`."""
+        self._waiting.append((day.number, [night.metrics for night in day.nights]))
+        self.catch_up(num_away)
+
+    def catch_up(self, num_away: int) -> None:
+        """Ask what is known after the days whose nights are over: all but the last `num_away`. All workers together."""
+        while len(self._waiting) > num_away:
+            self._ask(*self._waiting.pop(0))
+
+    def _ask(self, number: int, nights: list[dict[str, float]]) -> None:
         life = self._life
-        told = range(life.told_on(day.number).stop)
+        told = range(life.told_on(number).stop)
         right = life.recalled(told, life.config.lead_tokens[0]).double()
-        self.known.append([float(right[[*life.told_on(n)]].mean()) for n in range(day.number + 1)])
-        nights = [night.metrics for night in day.nights]
+        self.known.append([float(right[[*life.told_on(n)]].mean()) for n in range(number + 1)])
         names = dict.fromkeys(name for night in nights for name in night)  # none, if the day had no night
         means = {name: sum(night.get(name, 0.0) for night in nights) / len(nights) for name in names}
         self.days.append(means | {"sleep/known_frac": float(right.mean())})
@@ -48,7 +58,7 @@ class History:
 
     def save(self, folder: Path) -> None:
         """One JSON file."""
-        parts = {"before": self.before, "days": self.days, "known": self.known}
+        parts = {"before": self.before, "days": self.days, "known": self.known, "waiting": self._waiting}
         (folder / HISTORY).write_text(json.dumps(parts))
 
     def load(self, folder: Path) -> None:
@@ -56,6 +66,7 @@ class History:
         try:
             parts = json.loads((folder / HISTORY).read_text())
             self.before, self.days, self.known = parts["before"], parts["days"], parts["known"]
+            self._waiting = [(int(number), list(nights)) for number, nights in parts["waiting"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / HISTORY}: not readable ({error}); it is damaged") from error
 

@@ -28,7 +28,7 @@ def run(config: RunConfig) -> int:
         document, tracked = work(config, console, job="sleep", total=days, publish=publish)
         print_summary(document, console)
         places = {"Picture": PICTURE, "Numbers": DOCUMENT, "Sidecars": SIDECARS_FOLDER}
-        places |= {"Dreams": DREAMED} if config.sleep.dream_frac else {}
+        places |= {"Dreams": DREAMED} if (config.run_dir / DREAMED).is_file() else {}
         print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 

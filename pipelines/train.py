@@ -42,7 +42,7 @@ def run(config: RunConfig) -> int:
         if config.life.beside_training:
             sleep_report.print_summary(json.loads((config.run_dir / sleep_report.DOCUMENT).read_text()), console)
             places |= {"Life": sleep_report.PICTURE}
-            places |= {"Dreams": sleep_report.DREAMED} if config.sleep.dream_frac else {}
+            places |= {"Dreams": sleep_report.DREAMED} if (config.run_dir / sleep_report.DREAMED).is_file() else {}
         print_where({what: config.run_dir / name for what, name in places.items()}, tracked, console)
     return 0
 

@@ -137,7 +137,7 @@ class SleepConfig(NightConfig):
     """Tokens before a written one that are its cue: as many as tell what it belongs to."""
     lead_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of the day's text at most that stand before such a question, how many is drawn; 0 asks at the beginning of
-    a text."""
+    a text. More makes what is learned a little surer far into a text, and a night several times as long."""
     min_write: Fraction = 0.05
     """Strength of a write, mean over heads, from which on it gives a question."""
     min_gain_nats: NonNegative = 0.1

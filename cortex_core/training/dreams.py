@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from cortex_core.dreaming.ngrams import NgramSet
 from cortex_core.errors import DataError
 
 SCHEMA = "cortex-dreams/1"
-MEMORIES, DREAMED, PROVENANCE = "memories.safetensors", "dreamed.safetensors", "dreamed.jsonl.gz"
+MEMORIES, DREAMED = "memories.safetensors", "dreamed.safetensors"
 _COUNTERS = ("_next_ticket", "_next_memory", "_num_days", "_num_nights", "_num_draws")
 
 
@@ -95,8 +95,8 @@ class Dreams:
         folder = Path(folder)
         self.graph.save(folder / MEMORIES)
         notes = {name: getattr(self, name) for name in _COUNTERS}
-        files.write(folder / DREAMED, SCHEMA, {"earlier": torch.from_numpy(self._earlier.bits)}, notes)
-        (folder / PROVENANCE).write_bytes(self.packed_rows)
+        tensors = {"earlier": self._earlier.bits, "rows": np.frombuffer(self.packed_rows, np.uint8).copy()}
+        files.write(folder / DREAMED, SCHEMA, {name: torch.from_numpy(value) for name, value in tensors.items()}, notes)
 
     def load(self, folder: str | Path) -> None:
         """Go on from `save`, under the same settings. Raises DataError."""
@@ -108,9 +108,7 @@ class Dreams:
             raise DataError(f"{folder / DREAMED}: was written under another judge.set_bits, or is damaged")
         if any(type(counter) is not int or counter < 0 for counter in counters):
             raise DataError(f"{folder / DREAMED}: its counters {counters} are damaged")
-        if not (folder / PROVENANCE).is_file():
-            raise DataError(f"{folder / PROVENANCE}: is missing; the checkpoint is damaged")
-        self.graph, self.packed_rows = MemoryGraph.load(folder / MEMORIES), (folder / PROVENANCE).read_bytes()
+        self.graph, self.packed_rows = MemoryGraph.load(folder / MEMORIES), _packed(found)
         self._earlier = replace(self._earlier, bits=bits)
         for name, counter in zip(_COUNTERS, counters, strict=True):
             setattr(self, name, counter)
@@ -118,3 +116,12 @@ class Dreams:
     def kept(self) -> Iterator[Dream]:
         """Tonight's dreams that passed."""
         return (dream for dream, verdict in self.table if verdict.passed)
+
+
+def dreamed_in(folder: str | Path) -> list[provenance.Row]:
+    """Every dream of a life that was saved into a folder, with the number of its `night`. Raises DataError."""
+    return provenance.unpacked(_packed(files.read(Path(folder) / DREAMED, SCHEMA, "dreams")[0]))
+
+
+def _packed(found: Mapping[str, torch.Tensor]) -> bytes:
+    return found.get("rows", torch.zeros(0, dtype=torch.uint8)).numpy().tobytes()
