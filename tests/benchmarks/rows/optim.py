@@ -22,7 +22,7 @@ SHARE_ROW, STEP_ROW, UPDATE_ROW = (
 COST_ROWS = (SHARE_ROW, STEP_ROW, UPDATE_ROW)
 ROWS = (*PERPLEXITY_ROWS, *COST_ROWS)
 PERPLEXITY_GOAL, SHARE_GOAL, STEP_GOAL = 1.005, 0.02, 1.1
-SEEDS, STEP_PAIRS = (0, 1, 2), 25
+SEEDS, STEP_PAIRS = range(6), 25
 CENTRES = {"adamw": 4e-3, "apollo": 32e-3, "apollo_mini": 16e-3 * 2**0.5}
 """Where the search for each one's learning rate begins."""
 FACTOR, REACH = 2**0.5, 2
@@ -35,7 +35,7 @@ def perplexity(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     The shipped backbone's architecture and tokenizer, fresh weights, 300 steps of 8 windows of 128 tokens of the standard
     library's sources; warm-up, decay, betas, weight decay and clipping as in `cortex pretrain`. Each optimizer at the best
     of five learning rates, root 2 apart, the best in the middle, chosen by the loss on validation files with the first of
-    three seeds. Three seeds (of weights and data); mean of the differences in nats per token and its t interval over the
+    six seeds. Six seeds (of weights and data); mean of the differences in nats per token and its t interval over the
     seeds, as a ratio. One process, one thread.
     """
     from cortex_core.config import UpdateConfig
