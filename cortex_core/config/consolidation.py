@@ -85,8 +85,8 @@ class ReplayConfig(Settings):
     surprise_power: NonNegative = 1.0
     """How much draws prefer surprising items: their weight is surprise to this power. 0 draws evenly."""
     draw_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
-    """What one sleep leaves of an item's weight in draws: below 1 prefers new items, 1 ignores age. 0.98 halves it in 34
-    nights; with 0.8 what is 20 nights old is hardly ever replayed."""
+    """What one sleep leaves of an item's weight in draws: below 1 prefers new items, 1 ignores age. 0.98 halves it in
+    34 nights; with 0.8 what is 20 nights old is hardly ever replayed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draws. The same items, seed and number of draws so far give the same draw."""
 
