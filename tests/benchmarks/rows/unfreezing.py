@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING
 
+from cortex_core.config import DreamConfig, LifeConfig, ReplayConfig, SleepConfig, UnfreezeConfig
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Demo
 
@@ -25,6 +26,7 @@ KNOWN, BEHIND, PERPLEXITY, ROLLBACKS, CHANGED = ROWS = (
     "unfreezing_logits_changed_after_removal",
 )
 PERPLEXITY_GOAL_PERCENT = 0.5
+SETTINGS = UnfreezeConfig()
 
 
 def facts_in_the_backbone(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
@@ -38,7 +40,6 @@ def facts_in_the_backbone(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     """
     import torch
 
-    from cortex_core.config import DreamConfig, LifeConfig, ReplayConfig, SleepConfig, UnfreezeConfig
     from cortex_core.eval.perplexity import text_loss
     from cortex_core.intervals import mean_interval, wilson
     from cortex_core.tasks.filler import TextFiller
@@ -56,7 +57,7 @@ def facts_in_the_backbone(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
         before = _logits(model, text[:1])
         sleeper = new_unfreezer(
             model, encode, demo.corpus, demo.vocabulary, SleepConfig(place="backbone"), ReplayConfig(),
-            UnfreezeConfig(), DreamConfig(),
+            SETTINGS, DreamConfig(),
         )  # fmt: skip
         life = Life(
             sleeper, LifeConfig(num_facts=FACTS, seed=seed), demo.vocabulary, TextFiller(demo.corpus, "held_out")
