@@ -401,6 +401,7 @@ def test_two_workers_learn_what_one_process_learns(two: RunConfig, reference: di
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_worker_is_replaced_after_the_checkpoint_that_the_run_resumed_from_is_gone(
     tmp_path: Path,
     mlflow_database: Callable[[Path], None],
