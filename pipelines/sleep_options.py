@@ -11,11 +11,12 @@ Facts that stay true stand in held-out text, some a day. Surprise decides what i
 tokens the fast weights teach what they hold to slow weights, and are wiped. The backbone stays as it is.
 
 Output, in out_dir/name (name is the run's with -sleep): sleep.json, sleep.png, and the sidecars with their slow
-weights. The same command again resumes what was interrupted.
+weights; dreamed.jsonl, if nights have dreamed. The same command again resumes what was interrupted.
 
 Examples:
   cortex sleep runs/demo
   cortex sleep runs/demo life.num_facts=1000 sleep.slots=16384 name=long-life
+  cortex sleep runs/demo sleep.dream_frac=1 name=dreams-alone
   cortex sleep runs/demo sleep.steps=16 cluster.num_workers=0
 """
 
