@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,21 +16,28 @@ from typing import Any
 
 import psutil
 import pytest
-from mlflow import MlflowClient
-from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from cortex_core.errors import DataError
-from cortex_core.training.checkpoint import TENSORS
 from pipelines import train
 from pipelines.config import ClusterConfig, RunConfig
 from pipelines.runs import Run
-from pipelines.toml_text import dump_toml
 from pipelines.tracking import UNSENT_FILE
 from tests import tiny
-from tests.pipelines.test_train import (
+from tests.pipelines.fault_scenes import (
+    SMALL,
+    Command,
+    as_if_undisturbed,
+    cut_newest,
+    hosts,
+    losses,
+    named,
+    nodes_here,
+    on_this_machine,
+    tracking_server,
+)
+from tests.pipelines.train_scenes import (
     LONG,
-    ROOT,
     TWO,
     events,
     happened,
@@ -51,9 +57,6 @@ pytestmark = [
     # mlflow, of pandas, while it logs a table
     pytest.mark.filterwarnings("ignore:For backward compatibility, 'str' dtypes:DeprecationWarning"),
 ]
-
-
-SMALL = {"object_store_memory": 80 * 2**20}
 
 
 @pytest.fixture(scope="module")
@@ -81,64 +84,6 @@ def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: Clust
     """The same run, not yet started. Its checkpoints lie where several nodes would see them."""
     mlflow_database(tmp_path)
     return tiny.run_config(tmp_path, **TWO, cluster__storage_path=str(tmp_path / "shared"))
-
-
-def losses(config: RunConfig) -> dict[int, float]:
-    """Of every step, as MLflow has them."""
-    (run,) = in_mlflow(config)
-    history = MlflowClient(tracking_uri=config.tracking_uri).get_metric_history(run.info.run_id, "loss")
-    return {point.step: point.value for point in history}
-
-
-def as_if_undisturbed(config: RunConfig, undisturbed: RunConfig) -> None:
-    """Every step has read the same sequences with the same weights, once, and has been logged once."""
-    logged_once(config, LONG)
-    assert losses(config) == losses(undisturbed)
-    assert tiny.same(sidecars(config), sidecars(undisturbed))
-
-
-def cut_newest(config: RunConfig) -> None:
-    """Half of the newest checkpoint is all that came to the disk."""
-    newest = max(recorded(config) or on_this_machine(config))
-    with (newest / TENSORS).open("r+b") as file:
-        file.truncate((newest / TENSORS).stat().st_size // 2)
-
-
-def on_this_machine(config: RunConfig) -> set[Path]:
-    """Checkpoints that Ray has on record in the run's own folder."""
-    said = next((config.run_dir / "checkpoints").glob("attempt-*/checkpoint_manager_snapshot.json"))
-    return {folder for folder in said.parent.glob("checkpoint_2*") if folder.name in said.read_text()}
-
-
-class Command:
-    """`cortex train` in a process of its own."""
-
-    def __init__(self, config: RunConfig, *program: str, **variables: str) -> None:
-        self.file, self.said = Path(config.out_dir) / "mine.toml", Path(config.out_dir) / "said"
-        self.file.write_text(dump_toml(config))
-        with self.said.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, *(program or ("-m", "pipelines.train")), str(self.file)], cwd=ROOT, env=os.environ | variables,
-                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def wait_until(self, ready: Callable[[], bool], within_s: float = 240.0) -> None:
-        deadline = time.monotonic() + within_s
-        while not ready():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()
-            time.sleep(0.05)
-
-    def kill(self) -> list[psutil.Process]:
-        """Nothing of it is told beforehand. Returns the processes that it had started."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.kill()
-        self.process.wait()
-        return children
-
-    def end(self) -> str:
-        """What it has said, when it has ended well."""
-        assert self.process.wait(timeout=240) == 0, self.said.read_text()
-        return self.said.read_text()
 
 
 def test_a_worker_that_is_killed_is_replaced(
@@ -195,33 +140,6 @@ def test_a_driver_that_is_killed_goes_on_from_its_last_whole_checkpoint(
     assert resumed is not None and 0 < int(resumed[1]) < LONG
     assert f"the newest checkpoint is damaged: going on from the one before, of step {resumed[1]}\n" in said
     as_if_undisturbed(config, undisturbed)
-
-
-def hosts(node: Node, what: str) -> list[psutil.Process]:
-    """Processes of a node's that do a part of the run."""
-    return named(what, psutil.Process(node.all_processes["raylet"][0].process.pid))
-
-
-def named(what: str, above: psutil.Process) -> list[psutil.Process]:
-    """Processes below another one, by a part of their command."""
-    found = []
-    for process in above.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or is not yet buried
-            if what in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-@contextlib.contextmanager
-def nodes_here(count: int) -> Iterator[Cluster]:
-    """A head without CPUs, and nodes of one CPU each; all on this machine, and asking for the session's token."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SMALL})
-    try:
-        for _ in range(count):
-            cluster.add_node(num_cpus=1, **SMALL)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture
@@ -394,38 +312,6 @@ def test_what_only_watches_may_fail(
     assert [row["event"] for row in events(two)][-1] == "finished", "the driver has not gone with the mailbox"
     assert "did not reach MLflow" not in capsys.readouterr().out and not (two.run_dir / UNSENT_FILE).exists()
     as_if_undisturbed(two, undisturbed)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@contextlib.contextmanager
-def tracking_server(database: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """An MLflow server on a SQLite database: its address, and what kills it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", database]
-    command = [sys.executable, "-m", "mlflow", "server", *options]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = psutil.Popen(command, env=os.environ | quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def kill() -> None:
-        for process in [*server.children(recursive=True), server]:
-            process.kill()
-            process.wait()
-
-    try:
-        deadline = time.monotonic() + 120
-        while not listens(port):
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", kill
-    finally:
-        if server.is_running():
-            kill()
 
 
 @pytest.mark.nightly

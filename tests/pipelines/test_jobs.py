@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from pipelines.config import RunConfig
 from pipelines.toml_text import dump_toml
 from tests import tiny
-from tests.pipelines.test_train import happened, has_checkpoint, logged_once, state
+from tests.pipelines.train_scenes import happened, has_checkpoint, logged_once, state
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
