@@ -37,15 +37,15 @@ FIGURES = {
 
 
 def write_dreamed(config: RunConfig, finished: Path, folder: Path) -> list[Path]:
-    """The dreams that a life has learned from, or not, as lines of JSON in `folder`; nothing if there were none.
+    """The dreams that a life has learned from, or not, as lines of JSON in `folder`; no file if there were none.
 
     Raises DataError.
     """
-    rows = dreamed_in(finished)
+    rows, path = dreamed_in(finished), folder / DREAMED
+    path.unlink(missing_ok=True)  # of a run of this name before
     if not rows:
         return []
-    tokenizer, path = load_tokenizer(config.backbone), folder / DREAMED
-    path.unlink(missing_ok=True)
+    tokenizer = load_tokenizer(config.backbone)
     provenance.append(path, (provenance.with_text(row, lambda ids: str(tokenizer.decode([*ids]))) for row in rows))
     return [path]
 

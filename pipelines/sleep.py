@@ -39,9 +39,7 @@ def publish(config: RunConfig, finished: Path, sidecars: Path, tracked: TrackedR
     replace_folder(sidecars, folder / SIDECARS_FOLDER)
     shutil.copy(finished / MEMORIES, folder / MEMORIES)
     document = complete(config, json.loads((finished / EVALUATION).read_text()))
-    written = write(document, folder)
-    if config.sleep.dream_frac:
-        written += write_dreamed(config, finished, folder)
+    written = [*write(document, folder), *write_dreamed(config, finished, folder)]
     tracked.log_metrics(headline(document), step=len(document["days"]))
     tracked.log_table(document["rows"], "sleep_rows.json")
     tracked.log_artifacts([*written, folder / SIDECARS_FOLDER])

@@ -121,14 +121,12 @@ def publish_evaluation(config: RunConfig, finished: Path, sidecars: Path, tracke
 
 def publish_life(config: RunConfig, finished: Path, tracked: TrackedRun) -> dict[str, Any]:
     """What a life has left: a picture and numbers in the run's folder, with the memories to dream of; and in MLflow."""
+    from pipelines.dream_report import write_dreamed  # imports torch
+
     folder = config.run_dir
     shutil.copy(finished / MEMORIES, folder / MEMORIES)
     document = complete(config, json.loads((finished / LIFE).read_text()))
-    written = sleep_report.write(document, folder)
-    if config.sleep.dream_frac:
-        from pipelines.dream_report import write_dreamed  # imports torch
-
-        written += write_dreamed(config, finished, folder)
+    written = [*sleep_report.write(document, folder), *write_dreamed(config, finished, folder)]
     tracked.log_metrics(sleep_report.headline(document), step=config.training.steps)
     tracked.log_table(document["rows"], "sleep_rows.json")
     tracked.log_artifacts(written)
