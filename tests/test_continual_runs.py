@@ -18,9 +18,13 @@ from tests.benchmarks.continual_runs import METHODS, Rates, Scale, Subject, resu
 from tests.benchmarks.rows import continual
 from tests.consolidation import sleepers
 
-SMALL = Scale(num_tasks=2, num_facts=6, facts_per_day=3, day_tokens=256, slots=512, text_rows=2, text_tokens=256)
+SMALL = Scale(
+    num_tasks=2, num_facts=6, facts_per_day=3, day_tokens=256, slots=512, text_rows=2, text_tokens=256, examples=4
+)
 RATES = Rates(low_rank_steps=4, joint_steps_per_night=20)
-CROWDED = Scale(num_tasks=2, num_facts=16, facts_per_day=8, day_tokens=256, slots=48, text_rows=1, text_tokens=256)
+CROWDED = Scale(
+    num_tasks=2, num_facts=16, facts_per_day=8, day_tokens=256, slots=48, text_rows=1, text_tokens=256, examples=1
+)
 """So few slots that almost all of them answer every question: what is learned tonight moves what was learned before."""
 
 
@@ -41,6 +45,8 @@ def test_every_way_learns_and_leaves_a_matrix(method: str, subject: Subject) -> 
     assert (found["method"], found["seed"], found["nights"]) == (method, 1, 2)
     assert len(found["text_nats"]) == 2 and found["seconds"] > 0 and said
     assert len(found["before"]) == 2 and sum(found["before"]) <= 0.5
+    assert [len(bits) for bits in (*found["recalled"], found["told_anew"])] == [4] * 3
+    assert found["recalled"][0] == "1111" and (method == "lora" or found["told_anew"].count("1") >= 3)
     if method == "joint":
         assert len(found["after"]) == 1 and sum(found["after"][0]) / 2 >= 0.6
     else:
@@ -106,6 +112,7 @@ def document(method: str, seed: int, acc: float = 0.96, lost: float = 0.01, scal
     return {
         "schema": continual_runs.SCHEMA, "method": method, "seed": seed, "scale": vars(scale), "rates": Rates().of(method), "before": [0.0, 0.0],
         "after": after, "text_nats": [0.001, 0.003],
+        "recalled": ["1111", "1101"], "told_anew": "1011",
     }  # fmt: skip
 
 
@@ -150,6 +157,8 @@ def test_rows_are_made_of_all_seeds() -> None:
     forgetting = found[continual.FORGETTING]
     assert forgetting.value == pytest.approx(1.0) == -found[continual.BWT].value and forgetting.goal == 1.0
     assert found[f"{continual.FORGETTING}_ewc"].goal is None
+    assert found[continual.RECALL].value == 25.0 and not found[continual.RECALL].met
+    assert found[continual.ANEW].value == 0.75 and found[f"{continual.ANEW}_joint"].goal is None
     assert found[continual.PERPLEXITY].value == pytest.approx(0.2002, abs=1e-4) and found[continual.PERPLEXITY].met
 
 
@@ -159,5 +168,6 @@ def test_only_the_runs_that_a_row_is_about_are_needed() -> None:
     assert continual.needed(f"{continual.ACC}_joint") == {"joint"}
     assert continual.needed(f"{continual.FORGETTING}_replay_only") == {"replay_only"}
     assert [row.name for row in continual.rows_of([document("lora", 0)])] == [
-        f"{name}_lora" for name in (continual.ACC, continual.FORGETTING, continual.PERPLEXITY)
+        f"{name}_lora"
+        for name in (continual.ACC, continual.FORGETTING, continual.PERPLEXITY, continual.RECALL, continual.ANEW)
     ]

@@ -38,10 +38,11 @@ from cortex_core.tasks.filler import TextFiller
 from cortex_core.tasks.vocabulary import TaskVocabulary
 from cortex_core.training.continual import LEAD_TOKENS, accuracies, learn_in_sequence, tasks_of
 from cortex_core.training.life import Life, new_sleeper
+from tests.benchmarks import skill
 from tests.benchmarks.continual_peers import Elastic, Joint, LowRank, Rehearser
 
 NAME = "builtin:stdlib-1m"
-SCHEMA = "cortex-continual/1"
+SCHEMA = "cortex-continual/2"
 METHODS = ("sleep", "joint", "naive", "ewc", "replay_only", "lora")
 TEXT_SEED = 20_001
 
@@ -59,6 +60,8 @@ class Scale:
     capacity_items: int = 8192
     text_rows: int = 64
     text_tokens: int = 1024
+    examples: int = 200
+    """Of what the model could do before: recall from its memory, and being told something new."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ def run(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Learn all tasks in one way. Accuracies, before [T] and after [rows, T], have a row per task, of joint training
-    one alone; `text_nats`: of each row of held-out text, the loss over that of the bare model, per token."""
+    one alone; `text_nats`: of each row of held-out text, the loss over that of the bare model, per token; `recalled`,
+    before and after, and `told_anew`: as of `skill`, "1" where an answer was right."""
     since, rates = time.perf_counter(), rates or Rates()
     chosen = way(method, subject, scale, rates)
     life = Life(
@@ -157,7 +161,8 @@ def run(
         TaskVocabulary.from_tokenizer(subject.tokenizer),
         TextFiller(subject.corpus, "held_out"),
     )
-    rows: list[list[float]] = []
+    model, vocabulary = chosen.sleeper.model, life.book.vocabulary
+    rows, recalled = list[list[float]](), [skill.recalled(model, vocabulary, subject.corpus, scale.examples)]
     if isinstance(chosen.sleeper, Joint):
         tasks = tasks_of(life, scale.num_tasks)
         rows.append(accuracies(life, tasks, scale.lead_tokens))
@@ -173,7 +178,8 @@ def run(
             seconds = time.perf_counter() - since
             say(f"{method}, seed {seed}: task {done} of {scale.num_tasks}, {known:.3f} of it known, {seconds:.0f} s")
     text = [subject.corpus.excerpt((TEXT_SEED, row), scale.text_tokens, "held_out") for row in range(scale.text_rows)]
-    losses = text_loss(chosen.sleeper.model, torch.as_tensor(np.stack(text)))
+    losses = text_loss(model, torch.as_tensor(np.stack(text)))
+    recalled.append(skill.recalled(model, vocabulary, subject.corpus, scale.examples))
     return {
         "schema": SCHEMA,
         "method": method,
@@ -183,10 +189,16 @@ def run(
         "before": rows[0],
         "after": rows[1:],
         "text_nats": (losses.with_memory - losses.bare).tolist(),
+        "recalled": [_bits(right) for right in recalled],
+        "told_anew": _bits(skill.told_anew(life, scale.examples)),
         "nights": chosen.sleeper.num_nights,
         "nights_undone": chosen.sleeper.num_undone,
         "seconds": time.perf_counter() - since,
     }
+
+
+def _bits(right: Sequence[bool]) -> str:
+    return "".join("01"[each] for each in right)
 
 
 def results(

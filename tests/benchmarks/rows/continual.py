@@ -13,12 +13,14 @@ from tests.benchmarks.rows.demo import Demo
 
 SEEDS = (0, 1, 2)
 PEERS = ("naive", "ewc", "replay_only", "lora")
-FORGETTING_GOAL_POINTS, OVER_JOINT_GOAL, PERPLEXITY_GOAL_PERCENT = 1.0, 0.98, 0.5
+FORGETTING_GOAL_POINTS, OVER_JOINT_GOAL, PERPLEXITY_GOAL_PERCENT, RECALL_GOAL_POINTS = 1.0, 0.98, 0.5, 1.0
 FORGETTING, BWT, FWT = "continual_forgetting_points", "continual_bwt_points", "continual_fwt_points"
 ACC, OVER_JOINT, PERPLEXITY = "continual_acc", "continual_acc_over_joint", "continual_text_perplexity_percent"
+RECALL, ANEW = "continual_recall_loss_points", "continual_told_anew"
 ROWS = (
-    ACC, OVER_JOINT, FORGETTING, BWT, FWT, PERPLEXITY, f"{ACC}_joint", f"{PERPLEXITY}_joint",
-    *(f"{name}_{peer}" for peer in PEERS for name in (ACC, FORGETTING, PERPLEXITY)),
+    ACC, OVER_JOINT, FORGETTING, BWT, FWT, PERPLEXITY, RECALL, ANEW,
+    *(f"{name}_joint" for name in (ACC, PERPLEXITY, RECALL, ANEW)),
+    *(f"{name}_{peer}" for peer in PEERS for name in (ACC, FORGETTING, PERPLEXITY, RECALL, ANEW)),
 )  # fmt: skip
 
 
@@ -29,7 +31,9 @@ def tasks_one_after_the_other(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
     lesson. ACC, BWT and FWT as of Lopez-Paz and Ranzato (2017), forgetting as of Chaudhry et al. (2018), in points of
     accuracy. Beside sleep: the same without replay (naive), with EWC instead of it, cross-entropy on the text with replay
     and no teacher (replay_only), LoRA on the backbone without replay, and all lessons together after the last day
-    (joint). Perplexity with all that was learned over the bare model's, on 64 x 1,024 held-out tokens. Student's t
+    (joint). Perplexity with all that was learned over the bare model's, on 64 x 1,024 held-out tokens. Recall:
+    what the memory loses of key-value recall over 1,024 tokens, on the same 200 examples before and after. Told anew: of 200
+    facts that are told with another value, two windows ago, those that are answered with it. Student's t
     interval over three seeds of facts and text. Results stay in `runs/continual`, and what is there is not measured
     again: 18 runs of some minutes each.
     """
@@ -66,6 +70,11 @@ def rows_of(documents: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
         percent = Interval(*(100 * math.expm1(bound) for bound in mean_interval(nats)))
         goal = None if ending else PERPLEXITY_GOAL_PERCENT
         yield _row(f"{PERPLEXITY}{ending}", percent, goal, "%", len(found), higher=False)
+        lost = [100 * (_share(before) - _share(after)) for before, after in (d["recalled"] for d in found)]
+        goal = None if ending else RECALL_GOAL_POINTS
+        yield _row(f"{RECALL}{ending}", mean_interval(lost), goal, "points", len(found), higher=False)
+        anew = mean_interval([_share(document["told_anew"]) for document in found], lowest=0.0, highest=1.0)
+        yield _row(f"{ANEW}{ending}", anew, None, "", len(found))
     joint = {document["seed"]: _acc(document) for document in by_method.get("joint", ())}
     ratios = [_acc(d) / joint[d["seed"]] for d in by_method.get("sleep", ()) if joint.get(d["seed"])]
     if ratios:
@@ -75,6 +84,10 @@ def rows_of(documents: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
 def _acc(document: Mapping[str, Any]) -> float:
     """Of joint training there is no matrix, only its last row."""
     return sum(document["after"][-1]) / len(document["after"][-1])
+
+
+def _share(bits: str) -> float:
+    return bits.count("1") / len(bits)
 
 
 def _kept(found: Sequence[Mapping[str, Any]], ending: str) -> Iterator[Row]:
