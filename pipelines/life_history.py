@@ -66,7 +66,7 @@ class History:
         try:
             parts = json.loads((folder / HISTORY).read_text())
             self.before, self.days, self.known = parts["before"], parts["days"], parts["known"]
-            self._waiting = [(int(number), list(nights)) for number, nights in parts["waiting"]]
+            self._waiting = [(int(number), list(nights)) for number, nights in parts.get("waiting", [])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / HISTORY}: not readable ({error}); it is damaged") from error
 
