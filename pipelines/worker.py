@@ -97,9 +97,7 @@ def train(config: RunConfig, edge: Edge, until_step: int | None = None) -> None:
         _train_steps(edge, state, batches, validation, until_step or config.training.steps)
         if learner.step_number < config.training.steps:
             return
-        with learner.averaged():
-            if life is not None:
-                life.finish()  # what is evaluated is what is exported
+        with learner.averaged():  # what is evaluated is what is exported
             documents = {EVALUATION: _suite(config, edge, vocabulary, corpus).run(model)}
             documents[EVALUATION]["backbone_parameters"] = shards.total_numel
             if life is not None:
@@ -194,6 +192,9 @@ def _train_steps(
         done = learner.step_number
         if life is not None:
             life.step(done / training.steps)
+            if done == training.steps:
+                with learner.averaged():  # of what is exported, nights are the last part
+                    life.finish()
         last = done == until_step
         due, validated = last or done % training.checkpoint_every_steps == 0, every and (last or done % every == 0)
         if due or validated or done % training.report_every_steps == 0:

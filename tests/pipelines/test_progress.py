@@ -258,6 +258,7 @@ def _by_value(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # test_train does the same with a real run
 def test_ctrl_c_stops_the_workers_and_the_run_can_be_resumed(tmp_path: Path, ray_here: ClusterConfig) -> None:
     note = tmp_path / "note"
     driver = subprocess.Popen(

@@ -110,6 +110,7 @@ def test_what_it_leaves_and_that_it_dreams_on(
     document = json.loads((folder / DOCUMENT).read_text())
     known = {(row["when"], row["lead_tokens"]): row["known"] for row in document["rows"]}
     assert known["before", 0] == 0.0 and known["after", 0] >= 0.6 and document["nights"] == 3, known
+    assert [len(shares) for shares in document["known_by_day"]] == [1, 2, 3]
 
     model = Cortex.from_pretrained(sleepers.NAME, folder / SIDECARS_FOLDER, dtype="float32")
     assert all(bool(v.any()) for n, v in model.sidecars.state_dict().items() if n.endswith("slow.values"))
