@@ -99,6 +99,7 @@ def test_only_sleep_and_what_it_lacks_differ(subject: Subject) -> None:
     ways = {method: way(method, subject, SMALL, RATES).sleeper for method in METHODS}
     assert {method for method, reader in ways.items() if reader.config.replayed} == {"sleep", "replay_only", "joint"}
     assert {method for method, reader in ways.items() if reader.guard} == {"sleep", "naive"}
+    assert ways["lora"].config.steps == RATES.low_rank_steps != ways["naive"].config.steps
     default = SleepConfig(slots=512, every_tokens=256)
     assert ways["sleep"].config == default == ways["naive"].config.model_copy(update={"replayed": default.replayed})
 

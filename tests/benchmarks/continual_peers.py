@@ -74,7 +74,7 @@ class LowRank(Sleeper):
     by Adam, without replay."""
 
     def __init__(self, *args: Any, unfreezing: UnfreezeConfig, **kwargs: Any) -> None:
-        """`unfreezing` says rank, steps and learning rate; the rest as of `Sleeper`."""
+        """`unfreezing` says rank and learning rate; the rest as of `Sleeper`."""
         super().__init__(*args, **kwargs)
         self.unfreezing = unfreezing
         names = linear_modules(self.model.backbone)

@@ -133,8 +133,9 @@ def way(method: str, subject: Subject, scale: Scale, rates: Rates) -> Way:
             changed = sleep.model_copy(update={"learning_rate": rates.rehearsal})
             sleeper = Rehearser(model, changed, replay, encode=encode)
         case "lora":
-            unfreezing = UnfreezeConfig(learning_rate=rates.low_rank, steps=rates.low_rank_steps, replayed=0)
-            sleeper = LowRank(model, alone, replay, encode=encode, unfreezing=unfreezing)
+            changed = alone.model_copy(update={"steps": rates.low_rank_steps})
+            unfreezing = UnfreezeConfig(learning_rate=rates.low_rank)
+            sleeper = LowRank(model, changed, replay, encode=encode, unfreezing=unfreezing)
         case _:
             all_of_them = replay.model_copy(update={"capacity_items": 2**31, "decay": 1.0})
             changed = sleep.model_copy(update={"learning_rate": rates.joint})
