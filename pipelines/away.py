@@ -64,6 +64,16 @@ class AwaySleeper(Sleeper):
         """Nights that have been handed in and not been settled."""
         return len(self._away)
 
+    @property
+    def num_handed_in(self) -> int:
+        """Nights that were handed in so far."""
+        return self._next
+
+    @property
+    def num_over(self) -> int:
+        """Of those, how many have been settled before the first that has not."""
+        return min(self._away, default=self._next)
+
     def evening(self) -> tuple[Evening, dict[str, float]]:
         """As of `Sleeper`, and the same on all workers, to the bit."""
         evening, metrics = super().evening()

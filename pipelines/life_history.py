@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,16 @@ HISTORY = "history.json"
 TEXT_TOKENS, TEXT_SEED = 1024, 53
 
 
+class _Waiting(NamedTuple):
+    """A day of which not all is known yet."""
+
+    number: int
+    nights: list[dict[str, float]]
+    """Metrics of each."""
+    until: int
+    """So many nights must be over."""
+
+
 class History:
     """What is known of each day's facts after each night."""
 
@@ -30,21 +40,19 @@ class History:
         self.days: list[dict[str, float]] = []
         self.known: list[list[float]] = []
         """After each day and night, the share of the facts of this and every earlier day."""
-        self._waiting: list[tuple[int, list[dict[str, float]]]] = []
-        """Days, with metrics of their nights, of which not all is known yet."""
+        self._waiting: list[_Waiting] = []
 
-    def add(self, day: Day, num_away: int = 0) -> None:
-        """After a day, whose night may still be slept elsewhere, as one of `num_away`."""
-        self._waiting.append((day.number, [night.metrics for night in day.nights]))
-        self.catch_up(num_away)
+    def add(self, day: Day, until: int = 0) -> None:
+        """After a day, of which all is known when as many nights as `until` are over."""
+        self._waiting.append(_Waiting(day.number, [night.metrics for night in day.nights], until))
 
-    def catch_up(self, num_away: int) -> None:
-        """Ask what is known after the days whose nights are over: all but the last `num_away`. All workers together."""
-        while len(self._waiting) > num_away:
-            self._ask(*self._waiting.pop(0))
+    def catch_up(self, over: int = 0) -> None:
+        """Ask what is known after the days for which as many nights as are `over` are enough. All workers together."""
+        while self._waiting and self._waiting[0].until <= over:
+            self._ask(self._waiting.pop(0))
 
-    def _ask(self, number: int, nights: list[dict[str, float]]) -> None:
-        life = self._life
+    def _ask(self, day: _Waiting) -> None:
+        life, number, nights = self._life, day.number, day.nights
         told = range(life.told_on(number).stop)
         right = life.recalled(told, life.config.lead_tokens[0]).double()
         self.known.append([float(right[[*life.told_on(n)]].mean()) for n in range(number + 1)])
@@ -66,7 +74,7 @@ class History:
         try:
             parts = json.loads((folder / HISTORY).read_text())
             self.before, self.days, self.known = parts["before"], parts["days"], parts["known"]
-            self._waiting = [(int(number), list(nights)) for number, nights in parts.get("waiting", [])]
+            self._waiting = [_Waiting(int(n), list(nights), int(until)) for n, nights, until in parts["waiting"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / HISTORY}: not readable ({error}); it is damaged") from error
 

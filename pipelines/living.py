@@ -105,7 +105,7 @@ class Living:
         if not self.history.before:
             self.history.before = self.life.known()
         self.sleeper.settle()
-        self.history.catch_up(self.sleeper.num_away)
+        self.history.catch_up(self.sleeper.num_over)
         width, life = self.sleeper.model.segment_tokens, self.life
         position = int(done_frac * (life.num_tokens - 1)) // width * width + 1
         while self.sleeper.num_tokens < position:
@@ -113,12 +113,13 @@ class Living:
             until = min(position, (day + 1) * self.sleeper.config.every_tokens + 1)
             nights = life.read_until(until)
             if nights:
-                self.history.add(Day(day, nights), self.sleeper.num_away)
+                self.history.add(Day(day, nights), self.sleeper.num_handed_in)
+                self.history.catch_up(self.sleeper.num_over)
 
     def finish(self) -> None:
         """Wait for the nights that are still away."""
         while self.sleeper.settle(wait=True):
-            self.history.catch_up(self.sleeper.num_away)
+            self.history.catch_up(self.sleeper.num_over)
 
     def document(self) -> dict[str, Any]:
         """Of the life, when it is finished; for the report."""

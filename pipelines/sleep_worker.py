@@ -71,6 +71,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
     for day in life.live():
         _agree(sleeper, edge)
         history.add(day)
+        history.catch_up()
         last = day.number + 1 == life.num_days
         due = last or (day.number + 1) % config.life.checkpoint_every_days == 0
         with tempfile.TemporaryDirectory() as scratch:

@@ -6,7 +6,6 @@ Train starts the workers again. Synchronous, so that the run has one result.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import tempfile
@@ -17,11 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from tests.benchmarks import child
 from tests.benchmarks.row import Row
 from tests.benchmarks.rows.demo import Demo
+from tests.processes import at_work
 
 KILLS, KILLS_OF_A_RUN = 200, 25
 LOST, TWICE, DIFFERENT = ROWS = ("train_kills_lost", "train_kills_twice", "train_kills_different_bytes")
@@ -134,9 +132,9 @@ def _killing(draw: random.Random, most: int, by_kind: dict[str, int]) -> Iterato
         hit = 0
         while hit < most and not over.wait(draw.uniform(0.0, MOST_PAUSE_S)):
             (kind,) = draw.choices([*KINDS], [*KINDS.values()])
-            if not any(_living(actor) for actor in ACTORS):
+            if not any(at_work(actor) for actor in ACTORS):
                 continue  # workers that start would only be started again: nothing can be lost yet
-            if living := _living(kind):
+            if living := at_work(kind):
                 draw.choice(living).kill()
                 by_kind[kind] += 1
                 hit += 1
@@ -148,13 +146,3 @@ def _killing(draw: random.Random, most: int, by_kind: dict[str, int]) -> Iterato
     finally:
         over.set()
         thread.join()
-
-
-def _living(kind: str) -> list[psutil.Process]:
-    """Processes of a kind that this one has started, directly or not."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if kind in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found

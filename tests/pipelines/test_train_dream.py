@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +25,7 @@ from pipelines.sleep_report import DOCUMENT, DREAMED, PICTURE
 from tests import tiny
 from tests.consolidation import sleepers
 from tests.pipelines.living_scenes import run_config
+from tests.processes import at_work
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,16 +51,6 @@ def two(out: Path, name: str) -> RunConfig:
 
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
     return load_file(config.run_dir / SIDECARS_FOLDER / WEIGHTS)
-
-
-def at_work(what: str) -> list[psutil.Process]:
-    """Processes of this one's that do a part of the run now."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if what in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
@@ -23,6 +22,7 @@ from pipelines.config import SIDECARS_FOLDER, RunConfig
 from pipelines.events import EVENTS_FILE
 from pipelines.runs import STATE_FILE
 from tests import tiny
+from tests.processes import at_work
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -124,9 +124,4 @@ def once(ready: Callable[[], bool], then: Callable[[], None], within_s: float = 
 
 def train_workers(driver: int | None = None) -> list[psutil.Process]:
     """Processes of Ray Train's workers below a driver, by default this process."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended, or is not yet buried
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+    return at_work("RayTrainWorker", driver)
