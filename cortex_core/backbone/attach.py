@@ -160,7 +160,8 @@ def with_slow_weights(config: FastWeightsConfig, slots: int, active: int) -> Fas
     if config.slow_slots and (config.slow_slots, config.slow_active) != (slots, active):
         raise ConfigError(
             f"slow weights: there are {config.slow_slots} slots already, of which {config.slow_active} answer; others "
-            f"({slots}, {active}) could not hold what these do. Keep those, or begin with sidecars that have not slept"
+            f"({slots}, {active}) could not hold what these do. Keep those (sleep.slots, sleep.active), or begin with "
+            "sidecars that have not slept"
         )
     try:
         return FastWeightsConfig.model_validate(config.model_dump() | {"slow_slots": slots, "slow_active": active})

@@ -115,9 +115,10 @@ class Sleeper:
         self._began = 0  # position of the first token of `_day`
 
     def _grow(self) -> None:
-        """Make room for what nights will learn."""
-        if not self.model.fast_weights.slow_slots:
-            self.model.grow_slow_weights(self.config.slots, self.config.active)
+        """Make room for what nights will learn, unless there is; as much as the settings say."""
+        new = not self.model.fast_weights.slow_slots
+        self.model.grow_slow_weights(self.config.slots, self.config.active)
+        if new:
             spread_addresses(self.model, self._questions)
 
     @property

@@ -183,3 +183,10 @@ def test_a_sleeper_goes_on_from_its_files(tmp_path: Path) -> None:
     assert [i.tensors["prompt"].tolist() for i in second.buffer.items] == [
         i.tensors["prompt"].tolist() for i in undisturbed.buffer.items
     ]
+
+
+def test_other_slow_weights_than_those_that_are_there() -> None:
+    model = sleepers.sleeper().model
+    with pytest.raises(ConfigError, match=r"512 slots already, .* Keep those \(sleep.slots, sleep.active\)"):
+        sleepers.sleeper(model, slots=1024)
+    assert sleepers.sleeper(model).model.fast_weights.slow_slots == 512
