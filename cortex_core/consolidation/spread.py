@@ -1,4 +1,5 @@
-"""Where slow weights will be asked: their addresses are fitted to the questions of sleep, before the first night."""
+"""Where slow weights will be asked: their addresses are fitted before the first night, to the questions of sleep and to
+the same tokens in other text. What is read is compared with what they hold: a token must find it there too."""
 
 from __future__ import annotations
 
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from cortex_core.backbone.model import Cortex
 from cortex_core.backbone.prompts import Prompts, answers
 
-CUES, LEADS = 512, (0, 0, 0, 2, 8, 20, 40, 80)
-"""Tokens that are asked for, and how many others stand before each question, in turn."""
+CUES = 512
+"""Tokens that are asked for."""
+LEADS, UNASKED_LEADS = (0, 0, 0, 2, 8, 20, 40, 80), (1, 2, 3, 4, 8, 20, 40, 80)
+"""How many others stand before each question, in turn, and before a token that nothing asks about."""
 _ROWS = 64  # questions per call of the backbone
 
 
 @torch.no_grad()
 def spread_addresses(model: Cortex, questions: Sequence[Sequence[int]]) -> None:
-    """`SlowWeights.fit` in all layers: to the last tokens of these questions (token ids, without the cue), asked about
-    random tokens behind random tokens. Needs no text, and draws the same every time.
+    """`SlowWeights.fit` in all layers: to random tokens behind random tokens, with these questions (token ids, without
+    the cue) between them and without. Needs no text, and draws the same every time.
 
     For slow weights that hold nothing. Under sharding every worker must call it, with the same questions. Nothing is
     done if no question has room in a segment.
@@ -30,10 +33,14 @@ def spread_addresses(model: Cortex, questions: Sequence[Sequence[int]]) -> None:
     generator = torch.Generator().manual_seed(CUES)
     vocab_size = model.backbone.config.get_text_config().vocab_size
     cues = torch.randperm(vocab_size, generator=generator)[:CUES, None]
+    contexts: list[tuple[Sequence[int], int]] = [
+        (questions[number % len(questions)], LEADS[number % len(LEADS)])
+        for number in range(max(len(LEADS), len(questions)))
+    ]
     asked: list[list[Tensor]] = []
-    for number in range(max(len(LEADS), len(questions))):
-        words = torch.tensor(questions[number % len(questions)], dtype=torch.long).expand(len(cues), -1)
-        most = min(LEADS[number % len(LEADS)], model.segment_tokens - words.shape[1] - 1)
+    for spoken, lead_tokens in [*contexts, *(((), tokens) for tokens in UNASKED_LEADS)]:
+        words = torch.tensor(spoken, dtype=torch.long).expand(len(cues), -1)
+        most = min(lead_tokens, model.segment_tokens - words.shape[1] - 1)
         lead = torch.randint(vocab_size, (len(cues), most), generator=generator)
         asked.append(_queries(model, torch.cat([lead, words, cues], dim=1)))
     for layer, sidecar in enumerate(model.sidecars_by_layer.values()):

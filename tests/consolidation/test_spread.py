@@ -53,6 +53,23 @@ def test_questions_overlap_with_themselves_more_and_with_others_less() -> None:
     assert same_after > same + 0.1 and other_after < 0.8 * other
 
 
+def test_what_is_told_is_found_where_it_will_be_asked_for() -> None:
+    """What is read is compared with what is known under the key that it is written with. Told with words that no fit
+    has seen; with those of a fit to questions alone, the overlap would be .60."""
+    model, told = grown(), sleepers.encode(" remember")
+    spread.spread_addresses(model, QUESTIONS)
+    filler = TextFiller(sleepers.corpus(), "held_out")
+    lines = torch.tensor([[*filler.tokens((cue, 60), 60).tolist(), *told, cue, 7] for cue in range(300, 500)])
+    (sidecar,) = model.sidecars_by_layer.values()
+    assert sidecar.slow is not None
+    keys = list[Tensor]()
+    hook = sidecar.addresses.register_forward_hook(lambda module, inputs, result: keys.append(result[0][:, :, -1]))
+    with torch.no_grad(), hook:
+        model(input_ids=lines)
+    there = torch.zeros(len(lines), 4096).scatter(1, *sidecar.slow.features(keys[0]))
+    assert float((there * asked(model, 40)).sum(1).mean()) > 0.8
+
+
 def test_every_fit_is_the_same_and_changes_nothing_else() -> None:
     one, other = grown(), grown()
     untouched = {name: value.clone() for name, value in one.state_dict().items()}
