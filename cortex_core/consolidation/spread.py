@@ -67,7 +67,8 @@ def unfitted(model: Cortex) -> dict[str, Tensor]:
 
 
 def _queries(model: Cortex, rows: Tensor) -> list[Tensor]:
-    """For each layer, the address [rows, heads, rank] under which each row's last token is looked up."""
+    """For each layer, the address [rows, heads, rank] under which each row's last token is looked up. Slow weights are
+    not read: they hold nothing yet, and it would be most of the work."""
     sidecars = list(model.sidecars_by_layer.values())
     found: list[list[Tensor]] = [[] for _ in sidecars]
     current: dict[nn.Module, Tensor] = {}
@@ -76,7 +77,10 @@ def _queries(model: Cortex, rows: Tensor) -> list[Tensor]:
         current[module] = result[1][:, :, -1]
 
     hooks = [sidecar.addresses.register_forward_hook(keep) for sidecar in sidecars]
+    slow = [sidecar.slow for sidecar in sidecars]
     try:
+        for sidecar in sidecars:
+            sidecar.slow = None
         for part in rows.split(_ROWS):
             answers(model, Prompts(part, torch.full((len(part),), part.shape[1])))
             for layer, sidecar in enumerate(sidecars):
@@ -84,4 +88,6 @@ def _queries(model: Cortex, rows: Tensor) -> list[Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+        for sidecar, weights in zip(sidecars, slow, strict=True):
+            sidecar.slow = weights
     return [torch.cat(parts) for parts in found]

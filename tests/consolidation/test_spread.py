@@ -20,6 +20,12 @@ from tests.consolidation import sleepers
 QUESTIONS = [sleepers.encode(text) for text in (" recall", "\n recall")]
 
 
+@pytest.fixture
+def few_cues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick fit, and a poor one."""
+    monkeypatch.setattr(spread, "CUES", 32)
+
+
 def grown() -> Cortex:
     model = sleepers.fresh_model()
     model.grow_slow_weights(4096, 32)
@@ -70,6 +76,7 @@ def test_what_is_told_is_found_where_it_will_be_asked_for() -> None:
     assert float((there * asked(model, 40)).sum(1).mean()) > 0.8
 
 
+@pytest.mark.usefixtures("few_cues")
 def test_every_fit_is_the_same_and_changes_nothing_else() -> None:
     one, other = grown(), grown()
     untouched = {name: value.clone() for name, value in one.state_dict().items()}
@@ -81,6 +88,7 @@ def test_every_fit_is_the_same_and_changes_nothing_else() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.usefixtures("few_cues")
 def test_questions_longer_than_a_segment_are_left_out() -> None:
     one, other = grown(), grown()
     spread.spread_addresses(one, [QUESTIONS[0], QUESTIONS[1]])
