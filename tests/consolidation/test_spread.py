@@ -32,6 +32,13 @@ def grown() -> Cortex:
     return model
 
 
+@pytest.fixture(scope="module")
+def fitted() -> Cortex:
+    model = grown()
+    spread.spread_addresses(model, QUESTIONS)
+    return model
+
+
 @torch.no_grad()
 def asked(model: Cortex, lead: int) -> Tensor:
     """Slots' strengths, [200, slots], at the ends of questions about 200 tokens behind so much real text."""
@@ -51,29 +58,26 @@ def overlaps(model: Cortex) -> tuple[float, float]:
     return float(both.diagonal().mean()), float(both.clone().fill_diagonal_(0).square().mean().sqrt())
 
 
-def test_questions_overlap_with_themselves_more_and_with_others_less() -> None:
-    model = grown()
-    same, other = overlaps(model)
-    spread.spread_addresses(model, QUESTIONS)
-    same_after, other_after = overlaps(model)
+def test_questions_overlap_with_themselves_more_and_with_others_less(fitted: Cortex) -> None:
+    same, other = overlaps(grown())
+    same_after, other_after = overlaps(fitted)
     assert same_after > same + 0.1 and other_after < 0.8 * other
 
 
-def test_what_is_told_is_found_where_it_will_be_asked_for() -> None:
+def test_what_is_told_is_found_where_it_will_be_asked_for(fitted: Cortex) -> None:
     """What is read is compared with what is known under the key that it is written with. Told with words that no fit
     has seen; with those of a fit to questions alone, the overlap would be .60."""
-    model, told = grown(), sleepers.encode(" remember")
-    spread.spread_addresses(model, QUESTIONS)
+    told = sleepers.encode(" remember")
     filler = TextFiller(sleepers.corpus(), "held_out")
     lines = torch.tensor([[*filler.tokens((cue, 60), 60).tolist(), *told, cue, 7] for cue in range(300, 500)])
-    (sidecar,) = model.sidecars_by_layer.values()
+    (sidecar,) = fitted.sidecars_by_layer.values()
     assert sidecar.slow is not None
     keys = list[Tensor]()
     hook = sidecar.addresses.register_forward_hook(lambda module, inputs, result: keys.append(result[0][:, :, -1]))
     with torch.no_grad(), hook:
-        model(input_ids=lines)
+        fitted(input_ids=lines)
     there = torch.zeros(len(lines), 4096).scatter(1, *sidecar.slow.features(keys[0]))
-    assert float((there * asked(model, 40)).sum(1).mean()) > 0.8
+    assert float((there * asked(fitted, 40)).sum(1).mean()) > 0.8
 
 
 @pytest.mark.usefixtures("few_cues")
