@@ -22,7 +22,7 @@ SHARE_ROW, STEP_ROW, UPDATE_ROW = (
 COST_ROWS = (SHARE_ROW, STEP_ROW, UPDATE_ROW)
 ROWS = (*PERPLEXITY_ROWS, *COST_ROWS)
 PERPLEXITY_GOAL, SHARE_GOAL, STEP_GOAL = 1.005, 0.02, 1.1
-SEEDS, TUNED_SEEDS, STEP_PAIRS = range(6), 3, 25
+SEEDS, STEP_PAIRS = range(6), 25
 CENTRES = {"adamw": 4e-3, "apollo": 32e-3, "apollo_mini": 16e-3 * 2**0.5}
 """Where the search for each one's learning rate begins."""
 FACTOR, REACH = 2**0.5, 2
@@ -34,9 +34,9 @@ def perplexity(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
     The shipped backbone's architecture and tokenizer, fresh weights, 300 steps of 8 windows of 128 tokens of the standard
     library's sources; warm-up, decay, betas, weight decay and clipping as in `cortex pretrain`. Each optimizer at the best
-    of five learning rates, root 2 apart, the best in the middle, chosen by the mean loss on validation files with the
-    first three of six seeds. Six seeds (of weights and data); mean of the differences in nats per token and its t
-    interval over the seeds, as a ratio. One process, one thread.
+    of five learning rates, root 2 apart, the best in the middle, chosen by the mean loss on validation files over six
+    seeds (of weights and data); mean of the differences in nats per token and its t interval over the seeds, as a ratio.
+    One process, one thread.
     """
     from cortex_core.config import UpdateConfig
     from cortex_core.intervals import mean_interval
@@ -86,7 +86,7 @@ def cost(demo: Demo, wanted: Set[str]) -> Iterator[Row]:
 
 def best_runs(train: Callable[[float, int], Losses], centre: float) -> list[Losses]:
     """What `train` (of a learning rate and a seed) gives with each seed at the rate whose validation loss is least, in
-    the mean over the first seeds: a rate that is just stable with one of them need not be with another.
+    the mean over the seeds: a rate that is just stable with one of them need not be with another.
 
     The grid is centred on the best rate: it moves until as many rates lie on one side of it as on the other.
     """
@@ -94,6 +94,6 @@ def best_runs(train: Callable[[float, int], Losses], centre: float) -> list[Loss
     best = 0
     while missing := [place for place in range(best - REACH, best + REACH + 1) if place not in found]:
         for place in missing:
-            found[place] = [train(centre * FACTOR**place, seed) for seed in SEEDS[:TUNED_SEEDS]]
+            found[place] = [train(centre * FACTOR**place, seed) for seed in SEEDS]
         best = min(found, key=lambda place: sum(run.validation for run in found[place]))
-    return [*found[best], *(train(centre * FACTOR**best, seed) for seed in SEEDS[TUNED_SEEDS:])]
+    return found[best]
