@@ -74,7 +74,8 @@ class History:
         try:
             parts = json.loads((folder / HISTORY).read_text())
             self.before, self.days, self.known = parts["before"], parts["days"], parts["known"]
-            self._waiting = [_Waiting(int(n), list(nights), int(until)) for n, nights, until in parts["waiting"]]
+            waiting = parts.get("waiting", [])  # older files have none
+            self._waiting = [_Waiting(int(n), list(nights), int(until)) for n, nights, until in waiting]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / HISTORY}: not readable ({error}); it is damaged") from error
 
