@@ -26,6 +26,10 @@ class UpdateConfig(Settings):
     update_proj_gap: PositiveInt = 200
     """Optimizer steps from one random projection to the next, in which moments start to be of something else. 200 is
     the paper's."""
+    lengths: Literal["exact", "projected"] = "exact"
+    """How long apollo takes a gradient to be when it scales it: `exact` measures the gradient itself, `projected` its
+    projection, as the paper does. At rank 1 the latter is now and then next to nothing, and the step then many times
+    too long until the projection is drawn anew."""
 
 
 class OptimizerConfig(UpdateConfig):

@@ -5,6 +5,10 @@ Of a matrix with the gradient G [m, n], m <= n, Adam's moments are taken of R = 
     D = Adam(R)                                  s_j = |D_:j| / |R_:j|   (channel)    s = |D| / |R|   (tensor)
     U = limited(G diag(s))                       W <- W - lr (scale U + weight_decay W)
 
+These are the paper's factors, `lengths` "projected". |R| estimates |G|, which is known. In few dimensions it is a bad
+estimate: where G is nearly of rank 1, G = g u v^T, R is (P u) g v^T, and at r = 1 one normal number decides how long
+the step is, for as long as P stays. "exact" divides by |G_:j| and |G| instead: a step is as long as D.
+
 State: 2 r n + 2 numbers (moments, norm of the last U, step), so 2 n + 2 at APOLLO-Mini's rank 1; AdamW keeps 2 m n + 1.
 The paper's values: APOLLO rank = a quarter of the model's width, channel, scale 1; APOLLO-Mini rank 1, tensor, scale
 sqrt(128); both a new P every 200 steps, growth limit 1.01. Where P is redrawn the moments go on, in another space.
@@ -13,14 +17,14 @@ sqrt(128); both a new P every 200 steps, growth limit 1.01. Where P is redrawn t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from cortex_core.optim.projection import draw, is_projected, projection_seed, wide
-from cortex_core.optim.scaling import ScaleType, adam_directions, factors, limited
+from cortex_core.optim.scaling import Lengths, ScaleType, adam_directions, factors, limited
 
 
 class _Turn(NamedTuple):
@@ -59,12 +63,13 @@ class Apollo(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        lengths: Lengths = "exact",
         seed: int = 0,
     ) -> None:
         self.seed = seed
         super().__init__(params, {
             "lr": lr, "rank": rank, "scale_type": scale_type, "scale": scale, "update_proj_gap": update_proj_gap,
-            "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "betas": betas, "eps": eps, "weight_decay": weight_decay, "lengths": lengths,
         })  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -140,7 +145,8 @@ def _update(turns: list[_Turn], group: dict[str, Any]) -> None:
         if not turn.projected:
             turn.parameter.sub_(direction, alpha=rate)
             continue
-        factor = factors(turn.seen, direction, group["scale_type"])
+        measured = turn.seen if group["lengths"] == "projected" else turn.gradient
+        factor = factors(measured, direction, group["scale_type"])
         factor, norm = limited(factor, turn.gradient, turn.state["norm"])
         turn.state["norm"].copy_(norm)
         turn.parameter.addcmul_(turn.gradient, factor, value=-rate * group["scale"])
@@ -151,7 +157,8 @@ def _check(group: dict[str, Any]) -> None:
     bounds = {
         "lr": (group["lr"] >= 0.0, "at least 0"),
         "rank": (group["rank"] >= 1, "at least 1"),
-        "scale_type": (group["scale_type"] in ("channel", "tensor"), '"channel" or "tensor"'),
+        "scale_type": (group["scale_type"] in get_args(ScaleType), '"channel" or "tensor"'),
+        "lengths": (group["lengths"] in get_args(Lengths), '"exact" or "projected"'),
         "scale": (group["scale"] > 0.0, "above 0"),
         "update_proj_gap": (group["update_proj_gap"] >= 1, "at least 1"),
         "betas": (all(0.0 <= beta < 1.0 for beta in group["betas"]), "two numbers, at least 0, below 1"),

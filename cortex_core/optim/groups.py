@@ -43,7 +43,8 @@ def build_optimizer(
     scale = update.scale if update.scale is not None else MINI_SCALE if mini else 1.0
     return Apollo(
         split, lr=0.0, rank=1, scale_type="tensor" if mini else "channel", scale=scale,
-        update_proj_gap=update.update_proj_gap, betas=betas, weight_decay=weight_decay, seed=seed,
+        update_proj_gap=update.update_proj_gap, betas=betas, weight_decay=weight_decay, lengths=update.lengths,
+        seed=seed,
     )  # fmt: skip
 
 

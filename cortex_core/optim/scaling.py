@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 ScaleType = Literal["channel", "tensor"]
+Lengths = Literal["exact", "projected"]
 GROWTH = 1.01
 """Most that the norm of a scaled gradient may grow from step to step (gamma in the paper)."""
 UNSEEN = 1e-18
@@ -35,11 +36,12 @@ def adam_directions(
 
 
 def factors(
-    seen: Float[Tensor, "rank n"], direction: Float[Tensor, "rank n"], scale_type: ScaleType
+    measured: Float[Tensor, "k n"], direction: Float[Tensor, "rank n"], scale_type: ScaleType
 ) -> Float[Tensor, "*n"]:
-    """What Adam does to lengths in the projected space, of each column or of the matrix. 0 where nothing is seen."""
+    """Length of Adam's direction over that of what it is measured by, the gradient or its projection; of each column or
+    of the matrix. 0 where the latter is 0."""
     across = 0 if scale_type == "channel" else None
-    before, after = (torch.linalg.vector_norm(x, dim=across) for x in (seen, direction))
+    before, after = (torch.linalg.vector_norm(x, dim=across) for x in (measured, direction))
     return torch.where(before > UNSEEN, after / before, 0.0)
 
 

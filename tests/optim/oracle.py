@@ -51,7 +51,8 @@ class OneByOne:
         for column in range(columns):
             seen = [sum((projection[k] * gradient[:, column]).tolist()) for k in range(rank)]
             directions = [self.direction((k, column), seen[k]) for k in range(rank)]
-            before.append(math.hypot(*seen))
+            exact = self.settings["lengths"] == "exact"
+            before.append(math.hypot(*(gradient[:, column].tolist() if exact else seen)))
             after.append(math.hypot(*directions))
         if self.settings["scale_type"] == "tensor":
             before, after = [math.hypot(*before)] * columns, [math.hypot(*after)] * columns

@@ -29,7 +29,7 @@ SHAPES = {
 }
 SETTINGS: dict[str, Any] = {
     "lr": 0.03, "rank": 2, "scale_type": "channel", "scale": 1.5, "update_proj_gap": 7, "betas": (0.8, 0.95),
-    "eps": 1e-6, "weight_decay": 0.1,
+    "eps": 1e-6, "weight_decay": 0.1, "lengths": "exact",
 }  # fmt: skip
 KINDS = [("channel", 1), ("channel", 2), ("tensor", 1), ("tensor", 2)]
 
@@ -70,9 +70,10 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lengths", ["exact", "projected"])
 @pytest.mark.parametrize(("scale_type", "rank"), KINDS)
-def test_it_computes_what_its_oracle_does_one_number_after_the_other(scale_type: str, rank: int) -> None:
-    of, settings = weights(), SETTINGS | {"scale_type": scale_type, "rank": rank}
+def test_it_computes_what_its_oracle_does_one_number_after_the_other(scale_type: str, rank: int, lengths: str) -> None:
+    of, settings = weights(), SETTINGS | {"scale_type": scale_type, "rank": rank, "lengths": lengths}
     oracle = {name: OneByOne(name, p.detach(), seed=5, **settings) for name, p in of.items()}
     optimizer = new(of, seed=5, **settings)
     for number, turn in enumerate(gradients(of, 40)):
@@ -127,6 +128,21 @@ def test_state_is_two_moments_of_the_projection_a_norm_and_a_step(
     assert sum(value.nbytes for value in optimizer.state[of["w"]].values()) == 4 * numbers
 
 
+def test_an_exact_step_is_as_long_under_any_projection_of_a_gradient_of_rank_one() -> None:
+    """One number, how far the projection lies along the gradient, decides how long the paper's first step is."""
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.outer(torch.randn(6, generator=generator), torch.randn(9, generator=generator))
+    lengths: dict[str, list[float]] = {"exact": [], "projected": []}
+    for kind, found in lengths.items():
+        for seed in range(40):
+            of = {"w": nn.Parameter(torch.zeros(6, 9))}
+            optimizer = new(of, seed=seed, rank=1, scale_type="tensor", lengths=kind, eps=0.0, scale=1.0)
+            train(optimizer, of, iter([{"w": gradient}]))
+            found.append(of["w"].norm().item())
+    assert lengths["exact"] == pytest.approx([SETTINGS["lr"] * 9**0.5] * 40, rel=1e-4), "Adam's first direction: signs"
+    assert max(lengths["projected"]) > 20 * min(lengths["projected"])
+
+
 def test_groups_have_settings_of_their_own() -> None:
     of, apart = weights(), weights()
     groups = [
@@ -165,7 +181,7 @@ def test_a_closure_is_called_with_gradients() -> None:
         loss.backward()
         return loss
 
-    losses = [optimizer.step(closure).item() for _ in range(50)]
+    losses = [optimizer.step(closure).item() for _ in range(60)]
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -253,7 +269,8 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
     ("name", "value", "bound"),
     [
         ("lr", -1.0, "at least 0"), ("rank", 0, "at least 1"), ("scale_type", "row", '"channel" or "tensor"'),
-        ("scale", 0.0, "above 0"), ("update_proj_gap", 0, "at least 1"), ("betas", (0.9, 1.0), "below 1"),
+        ("lengths", "long", '"exact" or "projected"'), ("scale", 0.0, "above 0"),
+        ("update_proj_gap", 0, "at least 1"), ("betas", (0.9, 1.0), "below 1"),
         ("eps", -1e-8, "at least 0"), ("weight_decay", -0.1, "at least 0"), ("lr", float("nan"), "at least 0"),
     ],
 )  # fmt: skip

@@ -58,7 +58,9 @@ def test_adamw_is_the_default_and_torchs_own() -> None:
         ("apollo_mini", dict.fromkeys(("embed.weight", "up.weight", "down.weight", "small.weight"), 1), "tensor", math.sqrt(128)),
     ],
 )  # fmt: skip
-def test_apollo_has_the_papers_settings(name: str, ranks: dict[str, int], scale_type: str, scale: float) -> None:
+def test_apollo_has_the_papers_settings_but_for_lengths(
+    name: str, ranks: dict[str, int], scale_type: str, scale: float
+) -> None:
     of = parameters()
     optimizer = built(of, name=name)
     assert isinstance(optimizer, Apollo) and optimizer.seed == 4
@@ -66,7 +68,7 @@ def test_apollo_has_the_papers_settings(name: str, ranks: dict[str, int], scale_
         assert group["lr"] == group["peak_lr"] == (0.1 if parameter in ("embed.weight", "up.weight") else 0.2)
         assert (group["scale_type"], group["scale"], group["update_proj_gap"]) == (scale_type, scale, 200)
         assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.7, 0.8), 0.3, 1e-8)
-        assert group["rank"] == ranks.get(parameter, group["rank"])
+        assert group["rank"] == ranks.get(parameter, group["rank"]) and group["lengths"] == "exact"
         assert dict(zip(group["param_names"], group["params"], strict=True))[parameter] is of[parameter]
     for parameter in of.values():
         parameter.grad = torch.ones_like(parameter)
@@ -81,9 +83,10 @@ def test_apollo_has_the_papers_settings(name: str, ranks: dict[str, int], scale_
 @pytest.mark.parametrize("name", ["apollo", "apollo_mini"])
 def test_given_settings_win(name: str) -> None:
     of = parameters()
-    optimizer = built(of, name=name, rank=3, scale=2.5, update_proj_gap=7)
+    optimizer = built(of, name=name, rank=3, scale=2.5, update_proj_gap=7, lengths="projected")
     assert len(optimizer.param_groups) == 2
-    assert {(g["rank"], g["scale"], g["update_proj_gap"]) for g in optimizer.param_groups} == {(3, 2.5, 7)}
+    given = {(g["rank"], g["scale"], g["update_proj_gap"], g["lengths"]) for g in optimizer.param_groups}
+    assert given == {(3, 2.5, 7, "projected")}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,9 @@ def test_the_rank_is_a_quarter_of_the_shorter_side_or_one(
     assert rank_of(torch.zeros(shape), UpdateConfig(**update)) == rank
 
 
-@pytest.mark.parametrize("wrong", [{"name": "sgd"}, {"rank": 0}, {"scale": 0.0}, {"update_proj_gap": 0}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "sgd"}, {"rank": 0}, {"scale": 0.0}, {"update_proj_gap": 0}, {"lengths": "long"}, {"seed": 1}]
+)
 def test_settings_are_bounded_and_closed(wrong: dict[str, Any]) -> None:
     for settings in (UpdateConfig, OptimizerConfig):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
