@@ -25,7 +25,7 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY, TRIALS = 9, 3, 4
+STEPS, EVERY, TRIALS = 9, 3, 3
 STUDY = f"""
 about = "two settings of a tiny memory"
 recipe = "RECIPE"
@@ -39,7 +39,7 @@ validation.num_examples = 8
 evaluation.gaps_tokens = [0, 70]
 evaluation.num_examples = 6
 evaluation.perplexity_tokens = 1024
-cluster.cpus_per_worker = 0.5
+cluster.cpus_per_worker = 1.0
 [space]
 fast_weights.rank = [4, 8]
 optimizer.learning_rate = {{ low = 1e-3, high = 1e-1, log = true }}
