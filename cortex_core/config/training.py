@@ -22,7 +22,7 @@ class UpdateConfig(Settings):
     quarter of a matrix's shorter side for apollo, 1 for apollo_mini."""
     scale: Annotated[float, Field(gt=0.0)] | None = None
     """Times the learning rate, for what is projected. None is what the paper takes: 1 for apollo, and for apollo_mini
-    the square root of 128, because lengths in one dimension say too little."""
+    the square root of 128, by which Adam's direction of one row is shorter than that of 128 rows."""
     update_proj_gap: PositiveInt = 200
     """Optimizer steps from one random projection to the next, in which moments start to be of something else. 200 is
     the paper's."""
