@@ -93,6 +93,8 @@ class Apollo(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`. By itself torch would round moments to the parameters' type."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("lengths", "projected")  # of states from before there was a choice
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         members = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, members, strict=True):

@@ -322,6 +322,21 @@ def test_a_saved_run_goes_on_bit_for_bit(dtype: torch.dtype, stop: int) -> None:
     assert_equal(values(second), values(straight))
 
 
+def test_a_state_from_before_lengths_were_a_setting_goes_on_as_it_was() -> None:
+    straight, of = weights(), weights()
+    turns = list(gradients(straight, 9))
+    train(new(straight, lengths="projected"), straight, iter(turns))
+    begun = new(of, lengths="projected")
+    train(begun, of, iter(turns[:4]))
+    saved = begun.state_dict()
+    for group in saved["param_groups"]:
+        del group["lengths"]
+    resumed = new(of)
+    resumed.load_state_dict(saved)
+    train(resumed, of, iter(turns[4:]))
+    assert_equal(values(of), values(straight))
+
+
 def test_what_was_loaded_is_a_copy() -> None:
     of, other = weights(), weights()
     one, two = new(of), new(other)

@@ -23,7 +23,7 @@ COST_ROWS = (SHARE_ROW, STEP_ROW, UPDATE_ROW)
 ROWS = (*PERPLEXITY_ROWS, *COST_ROWS)
 PERPLEXITY_GOAL, SHARE_GOAL, STEP_GOAL = 1.005, 0.02, 1.1
 SEEDS, STEP_PAIRS = range(6), 25
-CENTRES = {"adamw": 4e-3, "apollo": 32e-3, "apollo_mini": 2**0.5 * 16e-3}
+CENTRES = {"adamw": 4e-3, "apollo": 32e-3, "apollo_mini": 16e-3 * 2**0.5}
 """Where the search for each one's learning rate begins."""
 FACTOR, REACH = 2**0.5, 2
 """Of the grid of learning rates: from one to the next, and how many on either side of the best one are tried."""
