@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cortex_core.backbone.model import Cortex
+from cortex_core.backbone.reading import advance
+from cortex_core.backbone.segments import checked_rows
 from cortex_core.backbone.session import Session
 
 
@@ -38,18 +40,26 @@ class Prompts(NamedTuple):
 def answers(model: Cortex, prompts: Prompts, session: Session | None = None) -> Float[Tensor, "prompts vocab"]:
     """Logits of what comes after each prompt; of the model with what the one row of `session` holds, or with fast
     weights that hold nothing. The session stays as it is."""
-    logits = continuations(model, prompts, session)
-    return logits[torch.arange(len(prompts), device=logits.device), prompts.lengths.to(logits.device) - 1]
+    if not model.memory_is_on:
+        logits = continuations(model, prompts)
+        return logits[torch.arange(len(logits), device=logits.device), prompts.lengths.to(logits.device) - 1]
+    reader, ids, mask = _given(model, prompts, session)
+    rows, _ = checked_rows(ids, mask, None, len(ids))
+    return advance(model, reader, rows, keep=torch.ones_like(rows.lengths))[0][:, 0]
 
 
 def continuations(
     model: Cortex, prompts: Prompts, session: Session | None = None
 ) -> Float[Tensor, "prompts width vocab"]:
     """Likewise, after each token of each prompt; without meaning at padding."""
-    device = model.backbone.device
-    ids, lengths = (part.to(device) for part in prompts)
-    reader = model.new_session(len(prompts)) if session is None else session.repeated(len(prompts))
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=mask.long(), session=reader).logits
+    reader, ids, mask = _given(model, prompts, session)
+    logits = model(input_ids=ids, attention_mask=mask, session=reader).logits
     assert logits is not None
     return logits
+
+
+def _given(model: Cortex, prompts: Prompts, session: Session | None) -> tuple[Session, Tensor, Tensor]:
+    """A reader per prompt; the tokens and the attention mask [prompts, width], where the model is."""
+    ids, lengths = (part.to(model.backbone.device) for part in prompts)
+    reader = model.new_session(len(prompts)) if session is None else session.repeated(len(prompts))
+    return reader, ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

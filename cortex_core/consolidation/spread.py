@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cortex_core.backbone.model import Cortex
-from cortex_core.backbone.prompts import Prompts, answers
 
 CUES = 512
 """Tokens that are asked for."""
@@ -67,22 +66,25 @@ def unfitted(model: Cortex) -> dict[str, Tensor]:
 
 
 def _queries(model: Cortex, rows: Tensor) -> list[Tensor]:
-    """For each layer, the address [rows, heads, rank] under which each row's last token is looked up. Slow weights are
-    not read: they hold nothing yet, and it would be most of the work."""
+    """For each layer, the address [rows, heads, rank] under which each row's last token is looked up. Only the layers
+    up to the last memory run, and slow weights are not read: they hold nothing yet."""
     sidecars = list(model.sidecars_by_layer.values())
     found: list[list[Tensor]] = [[] for _ in sidecars]
     current: dict[nn.Module, Tensor] = {}
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
-        current[module] = result[1][:, :, -1]
+    def keep(
+        module: nn.Module, inputs: tuple[Any, ...], options: dict[str, bool], result: tuple[Tensor, Tensor]
+    ) -> None:
+        _, queries = result if options["read"] else module.forward(*inputs, read=True)
+        current[module] = queries[:, :, -1]
 
-    hooks = [sidecar.addresses.register_forward_hook(keep) for sidecar in sidecars]
+    hooks = [sidecar.addresses.register_forward_hook(keep, with_kwargs=True) for sidecar in sidecars]
     slow = [sidecar.slow for sidecar in sidecars]
     try:
         for sidecar in sidecars:
             sidecar.slow = None
         for part in rows.split(_ROWS):
-            answers(model, Prompts(part, torch.full((len(part),), part.shape[1])))
+            model.read(part.to(model.backbone.device), model.new_session(len(part)))
             for layer, sidecar in enumerate(sidecars):
                 found[layer].append(current[sidecar.addresses].clone())
     finally:

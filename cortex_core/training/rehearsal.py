@@ -14,6 +14,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,13 +152,12 @@ class _Rehearsal(TorchDispatchMode):
                 self.views.append((weakref.ref(tensor), self._unit_of[key]))
             return
         part, size = self.part, storage.nbytes()
-
-        def gone(_: Any) -> None:
-            self.live[part] -= size
-            del self._known[key]
-
         self.live[part] += size
-        self._known[key] = weakref.ref(storage, gone)
+        self._known[key] = weakref.ref(storage, partial(self._forget, key, part, size))
+
+    def _forget(self, key: int, part: int, size: int, _: Any) -> None:
+        self.live[part] -= size
+        del self._known[key]
 
     def _held(self) -> list[int]:
         held = [0] * self.num_units

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortex_core.backbone.prompts import Prompts, answers
+from cortex_core.backbone.prompts import Prompts, answers, continuations
 from cortex_core.consolidation.lessons import Lessons, Taught, cues, lessons, questions
 from tests.consolidation import sleepers
 
@@ -59,6 +59,16 @@ def test_prompts_of_different_lengths_do_not_see_one_another() -> None:
     together = answers(model, Prompts.of(rows))
     alone = torch.cat([answers(model, Prompts.of([row])) for row in rows])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory_on", [True, False])
+def test_an_answer_is_what_continues_the_last_token(memory_on: bool) -> None:
+    model = sleepers.fresh_model()
+    prompts = Prompts.of([[5, 6, 7, 8], [9], [5, 6], [11, *range(300)]])
+    with torch.no_grad(), model.memory(memory_on):
+        found, everywhere = answers(model, prompts), continuations(model, prompts)
+    last = everywhere[torch.arange(len(prompts)), prompts.lengths - 1]
+    torch.testing.assert_close(found, last, atol=1e-5, rtol=1e-5)
 
 
 def test_lessons_are_what_the_session_knows_and_leave_it_as_it_is() -> None:

@@ -15,6 +15,7 @@ from cortex_core.backbone.sidecar_files import WEIGHTS
 from cortex_core.consolidation import spread
 from cortex_core.consolidation.sleeper import SCHEMA, SLOW
 from cortex_core.tasks.filler import TextFiller
+from tests import tiny
 from tests.consolidation import sleepers
 
 QUESTIONS = [sleepers.encode(text) for text in (" recall", "\n recall")]
@@ -135,3 +136,22 @@ def test_files_from_before_there_was_a_fit_are_read_without_one(tmp_path: Path, 
         save_file(older, tmp_path / WEIGHTS)
         model = Cortex.from_pretrained(sleepers.NAME, sidecars=tmp_path, dtype="float32")
     assert all(torch.equal(value, spread.unfitted(model)[name]) for name, value in spread.fitted(model).items())
+
+
+def test_addresses_are_those_of_a_whole_forward_pass() -> None:
+    """Of every layer, of the last one too, whose read the fit leaves out."""
+    model = tiny.model(tiny.MEMORY.model_copy(update={"layers": (0, 1)}), open_gates=True)
+    rows = torch.randint(40, (70, 9), generator=torch.Generator().manual_seed(0))
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        sidecar.addresses.register_forward_hook(lambda _, inputs, result, at=at: seen.update({at: result[1][:, :, -1]}))
+        for at, sidecar in enumerate(model.sidecars_by_layer.values())
+    ]
+    with torch.no_grad():
+        model(input_ids=rows, session=model.new_session(len(rows)))
+    for hook in hooks:
+        hook.remove()
+    found = spread._queries(model, rows)
+    assert len(found) == len(seen) > 1
+    for at, queries in enumerate(found):
+        torch.testing.assert_close(queries, seen[at], rtol=1e-5, atol=1e-6)

@@ -299,14 +299,18 @@ def test_two_workers_and_one_ray_for_all_variants(fresh: Path, finished: Plan) -
     start = cluster._start
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "_start", lambda settings: starts.append(settings) or start(settings))
-        of = planned(fresh, "cluster.num_workers=2", "cluster.cpus_per_worker=0.5", "sharding.stage=3")
+        of = planned(
+            fresh, "cluster.num_workers=2", "cluster.cpus_per_worker=0.5", "sharding.stage=3", names="fast_off"
+        )
         assert ablate.run(of) == 0
     assert len(starts) == 1 and not ray.is_initialized()
-    for name in (REFERENCE, "fast_off", "mean_gate"):
+    for name in (REFERENCE, "fast_off"):
         one, other = (load_file(each.config.run_dir / name / SIDECARS_FOLDER / WEIGHTS) for each in (of, finished))
         assert tiny.furthest(one, other) < 1e-3
     assert [(row["variant"], row["gap_tokens"], row["n"]) for row in result(of)["rows"]] == [
-        (row["variant"], row["gap_tokens"], row["n"]) for row in result(finished)["rows"]
+        (row["variant"], row["gap_tokens"], row["n"])
+        for row in result(finished)["rows"]
+        if row["variant"] in (REFERENCE, "fast_off")
     ]
     (parent,), children = in_mlflow(of)
-    assert parent.info.status == "FINISHED" and set(children) == {REFERENCE, "fast_off", "mean_gate"}
+    assert parent.info.status == "FINISHED" and set(children) == {REFERENCE, "fast_off"}

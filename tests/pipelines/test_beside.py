@@ -245,7 +245,10 @@ with connect(ClusterConfig(num_workers=1)):
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGINT, id="Ctrl-C"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.nightly)],
+)
 def test_nobody_is_left_when_training_is_interrupted(held: Path, how: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", TRAINING, str(held)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

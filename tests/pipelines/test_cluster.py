@@ -165,7 +165,7 @@ def _program(*arguments: str, **variables: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kill", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_an_interrupted_driver_leaves_nothing_behind(kill: signal.Signals) -> None:
     driver = _program("wait")
     try:

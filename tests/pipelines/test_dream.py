@@ -52,6 +52,7 @@ def test_a_model_that_has_not_slept(trained: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_actors_dream_the_same(slept: Path) -> None:
     found = []
     for workers in (0, 2):

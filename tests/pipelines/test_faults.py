@@ -381,6 +381,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(
     as_if_undisturbed(two, undisturbed)
 
 
+@pytest.mark.nightly
 def test_any_number_of_workers_goes_on_where_another_has_stopped(two: RunConfig, undisturbed: RunConfig) -> None:
     """Two, one that has no shards, four: the curve has no edge, because data and weights are the same in all of them."""
     last = 0

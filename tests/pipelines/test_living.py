@@ -106,7 +106,13 @@ STOPS: dict[str, Callable[[dict[str, float]], bool]] = {
 }
 
 
-@pytest.mark.parametrize("when", STOPS)
+@pytest.mark.parametrize(
+    "when",
+    [
+        "while a checkpoint is written",
+        *(pytest.param(when, marks=[pytest.mark.slow, pytest.mark.nightly]) for when in [*STOPS][1:]),
+    ],
+)
 def test_a_resumed_run_is_the_same_run_to_the_bit(straight: Keeper, tmp_path: Path, when: str) -> None:
     def stop(report: dict[str, float]) -> None:
         if STOPS[when](report):

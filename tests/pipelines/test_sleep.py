@@ -118,6 +118,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_workers_with_a_sharded_backbone_live_the_same_life(trained: Path) -> None:
     assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE, "name=one"]) == 0
     assert cli.main(["sleep", str(trained), *SETTINGS, "name=two", "cluster.cpus_per_worker=0.5"]) == 0

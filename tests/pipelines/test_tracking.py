@@ -270,6 +270,7 @@ def test_the_way_to_the_page(config: RunConfig, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_each_step_is_written_once_though_a_worker_dies(
     config: RunConfig, tmp_path: Path, ray_here: ClusterConfig
 ) -> None:

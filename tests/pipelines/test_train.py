@@ -286,6 +286,7 @@ def two(tmp_path: Path, mlflow_database: Callable[[Path], None], ray_here: Clust
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_would_diverge_again_is_not_tried_again(two: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
         train.run(diverging(two))
@@ -344,6 +345,7 @@ def test_a_worker_is_replaced_after_the_checkpoint_that_the_run_resumed_from_is_
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_begun_without_ray_goes_on_with_it(two: RunConfig, reference: dict[str, Tensor]) -> None:
     alone = tiny.run_config(
         two.run_dir.parent,

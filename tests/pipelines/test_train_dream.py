@@ -116,12 +116,10 @@ def test_what_it_leaves_and_that_it_dreams_on(
     assert [row["ticket"] for row in rows] == [*range(10)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "victims",
-    [
-        ("Consolidating.work", "Generating.work"),
-        pytest.param(("Generating.work", "RayTrainWorker", "Consolidating.work"), marks=pytest.mark.nightly),
-    ],
+    [("Consolidating.work", "Generating.work"), ("Generating.work", "RayTrainWorker", "Consolidating.work")],
     ids=["actors", "a worker too"],
 )
 def test_who_is_killed_changes_nothing(
