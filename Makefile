@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "cortex: $(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV): two to five minutes, once'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Train and evaluate a small memory with two workers, into runs/demo
@@ -74,7 +74,7 @@ ui: $(STAMP) ## MLflow's web page on the runs
 constraints: ## Resolve the dependencies anew into constraints.txt
 	rm -rf $(VENV)-constraints
 	$(PYTHON) -m venv $(VENV)-constraints
-	$(VENV)-constraints/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(VENV)-constraints/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
 	{ echo "# Versions that were tested together; torch and its CUDA packages are left to the machine. Made by: make constraints"; \
 	  $(VENV)-constraints/bin/python -m pip freeze --exclude-editable \
 	  | grep -Eiv '^(#|-|torch=|triton|nvidia|cuda|setuptools=|wheel=|pip=)|@'; } > constraints.txt
