@@ -20,6 +20,8 @@ from pipelines.sharding import Shards, replicate
 from tests.benchmarks.step_memory import kept_bytes, random_batch
 
 RANKS, WIDTH, VOCABULARY = 2, 32, 96
+PASSES = 5
+"""What is kept is the least that is seen in so many: what one of gloo's threads lets go counts as kept, now and then."""
 BATCH = BatchShape(rows=2, segments=3, width=WIDTH, windows=1, fillers=4, answers=6)
 
 
@@ -47,14 +49,16 @@ def rank(folder: str, checkpointing: bool) -> dict[str, Any]:
     batch = random_batch(BATCH.batch(), VOCABULARY)
     learner.step([batch])
     at_rest = shards.resident_numel()
-    kept = kept_bytes(objective, batch)
-    shards.release()
+    kept = list[int]()
+    for _ in range(PASSES):
+        kept.append(kept_bytes(objective, batch))
+        shards.release()
     counted = _count_gathers(shards)
     with shards.watch() as peak:
         learner.step([batch])
     return {
         "owned": shards.owned_numel, "total": shards.total_numel, "at_rest": at_rest, "gathers": counted(),
-        "gathered_numel": peak.numel - shards.owned_numel, "kept": kept,
+        "gathered_numel": peak.numel - shards.owned_numel, "kept": min(kept), "kept_each": kept,
     }  # fmt: skip
 
 

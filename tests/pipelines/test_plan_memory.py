@@ -104,7 +104,7 @@ def _two_ranks(folder: str, checkpointing: bool, out: Path) -> list[dict[str, An
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(plan_scenes.RANKS)]
 
 
-@pytest.mark.nightly  # gloo's threads let buffers go when they please: now and then one counts as kept
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
