@@ -80,6 +80,16 @@ class Sweep:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
+    def to_its_end(self) -> None:
+        done = subprocess.run(self.command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def has_nothing_to_do(self) -> None:
+        before = self.finished()
+        again = subprocess.run(self.command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+        assert again.returncode == 0 and "trial" in again.stdout and "step 3/" not in again.stdout
+        assert self.finished() == before
+
 
 @pytest.fixture
 def sweep(tmp_path: Path, mlflow_database: Callable[[Path], None]) -> Sweep:
@@ -97,6 +107,13 @@ def ended(sweep: Sweep) -> set[str]:
     return {trial["trial_id"] for trial in trials if trial["status"] == "TERMINATED"}
 
 
+def test_what_a_sweep_leaves_and_that_it_is_not_done_again(sweep: Sweep) -> None:
+    sweep.to_its_end()
+    _whole(sweep, sweep.finished())
+    sweep.has_nothing_to_do()
+
+
+@pytest.mark.nightly
 def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(sweep: Sweep) -> None:
     """Killed when one trial has finished and another has a checkpoint; then interrupted by SIGTERM; then to its end."""
     driver = sweep.start()
@@ -124,11 +141,9 @@ def test_a_sweep_whose_driver_is_killed_goes_on_where_it_was(sweep: Sweep) -> No
     (experiment,) = client.search_experiments(filter_string="name = 'cortex'")
     assert "RUNNING" not in {run.info.status for run in client.search_runs([experiment.experiment_id])}
 
-    done = subprocess.run(sweep.command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    sweep.to_its_end()
     _whole(sweep, before)
-    again = subprocess.run(sweep.command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert again.returncode == 0 and "trial" in again.stdout and "step 3/" not in again.stdout
+    sweep.has_nothing_to_do()
     # Ray's agents look once a minute whether the process that they serve is there.
     assert psutil.wait_procs(children, timeout=120)[1] == []
 
