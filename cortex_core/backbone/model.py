@@ -202,7 +202,7 @@ class Cortex(nn.Module):
         source: str | None = None,
         ttl_tokens: int | None = None,
     ) -> CortexOutput:
-        """Read tokens and say what comes after each (0) or after the last `logits_to_keep` of each row.
+        """Read tokens and say what comes after each (0) or after those in the last `logits_to_keep` columns.
 
         With a session, reading goes on where its last call stopped, and the session is advanced. `source` and
         `ttl_tokens`: see `read`.
