@@ -57,7 +57,7 @@ def connect(cluster: ClusterConfig) -> Iterator[None]:
         _check_this_machine(cluster)
     else:
         _check_answers(address)
-    with _exported(variables):
+    with exported(variables):
         try:
             _start(cluster) if address is None else _join(address, variables)
             _on_sigterm(_interrupt)  # Ray has set one that exits on the spot
@@ -88,6 +88,21 @@ def environment(cluster: ClusterConfig, address: str | None) -> dict[str, str]:
     if address is None:
         wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody announces that this machine goes away
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@contextmanager
+def exported(variables: Mapping[str, str]) -> Iterator[None]:
+    """In the environment while the block runs, for what is started meanwhile; afterwards it is as before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def started_here() -> bool:
@@ -238,17 +253,6 @@ def _gpus_here() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-@contextmanager
-def _exported(variables: Mapping[str, str]) -> Iterator[None]:
-    """In the environment, for what is started meanwhile."""
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            os.environ.pop(name, None)
 
 
 def _on_sigterm(handler: Any) -> None:

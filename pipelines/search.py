@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cortex_core.eval.metric_names import LOSS
 from pipelines.actors import HEAD
+from pipelines.cluster import exported
 from pipelines.population import Population
 from pipelines.sweep_plan import SweepPlan
 from pipelines.sweep_record import RESULTS_FILE, earlier
@@ -75,7 +75,7 @@ def search(plan: SweepPlan, parent: TrackedRun, mailboxes: Any, concurrent: int,
         # there from the start: its room is a share of that node.
         tune.PlacementGroupFactory([{"CPU": 0.0, HEAD: 9900 // concurrent / 10_000 if population else 0.001}]),
     )
-    with _exported(QUIET), _sigterm_as_ctrl_c(parent):
+    with exported(QUIET), _sigterm_as_ctrl_c(parent):
         if any(root.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(root)):
             tuner = tune.Tuner.restore(str(root), trainable, resume_errored=True)
         else:
@@ -143,20 +143,6 @@ def _domain(of: Domain) -> Any:
     if isinstance(of, Real):
         return tune.loguniform(of.low, of.high) if of.log else tune.uniform(of.low, of.high)
     return tune.lograndint(of.low, of.high + 1) if of.log else tune.randint(of.low, of.high + 1)
-
-
-@contextmanager
-def _exported(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -114,7 +114,8 @@ def test_an_address_where_nobody_answers_is_one_line_at_once(monkeypatch: pytest
 
 def test_what_the_shell_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    for name in ("MKL_NUM_THREADS", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):  # which a Ray of earlier tests has set
+        monkeypatch.delenv(name, raising=False)
     variables = cluster.environment(ClusterConfig(worker_threads=3, worker_start_timeout_s=5), None)
     assert "OMP_NUM_THREADS" not in variables and variables["MKL_NUM_THREADS"] == "3"
     assert variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "5.0"
