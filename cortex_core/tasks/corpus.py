@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -160,7 +161,7 @@ def _files(config: DataConfig) -> list[tuple[Path, str]]:
     """Files to read with the names that decide their split: relative, so a folder may move."""
     if config.path is None:
         root = Path(sysconfig.get_path("stdlib"))
-        found = [path for path in root.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(root).parts)]
+        found = list(_python_files(root))
     else:
         root = Path(config.path)
         if root.is_file():
@@ -173,6 +174,13 @@ def _files(config: DataConfig) -> list[tuple[Path, str]]:
     if not found:
         raise DataError(f"corpus {_shown(config)} holds no file of type {', '.join(CORPUS_SUFFIXES)}")
     return [(path, path.relative_to(root).as_posix()) for path in found]
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    """Of a Python installation, without looking into the folders to skip: site-packages hold tens of thousands."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _records(path: Path, column: str, *, blocks: bool) -> Iterator[str]:
