@@ -24,8 +24,12 @@ class UnfreezeConfig(Settings):
     """Factor of a delta's output. Larger makes each step of the optimizer larger, as a higher learning rate does."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the deltas' random halves and of the labels that say what text is sensitive to."""
-    steps: PositiveInt = 32
+    steps: PositiveInt = 128
     """Optimizer steps at most; fewer where the trust region allows none that goes on."""
+    lead_tokens: Annotated[int, Field(ge=0)] = 200
+    """Ordinary text before a question at most, another in each step, few tokens as often as many. With 0 an answer is
+    known where it was learned, at the beginning of a text, and nowhere else. More lengthens nights; together with its
+    question it has at most a segment's tokens."""
     learning_rate: Annotated[float, Field(gt=0.0, le=1e30)] = 3e-3
     """Rate of Adam on the deltas, at most: it is halved whenever a step has left the trust region, and doubled by one
     that stays inside."""

@@ -70,11 +70,13 @@ def unfreeze(
     anchor: Callable[[Cortex], Tensor] | None = None,
     after_backward: Callable[[], None] = lambda: None,
     night: NightConfig | None = None,
+    lead: Callable[[Lessons], Lessons] = lambda lessons: lessons,
 ) -> Unfrozen:
     """Teach deltas that are attached to `model` tonight's lessons among old ones, in a step for each draw of these.
 
     The loss is that of sleep and, if there is one, `anchor(model)`, such as a `TextAnchor`; the optimizer is Adam on
-    the deltas alone. `night` may say otherwise. `Evening.held` is of slow weights, and does not count here.
+    the deltas alone. `night` may say otherwise. In each step lessons are read as `lead` gives them back, such as
+    `Leads`. `Evening.held` is of slow weights, and does not count here.
     `after_backward` is called where shards are to be let go. A step after which the model lies outside the region is
     undone to the bit, with the optimizer's moments, and tried again half as long; after `max_backtracks` of these
     learning stops. However this ends, by an exception too, the model lies inside.
@@ -89,7 +91,7 @@ def unfreeze(
     with trained(values):
         optimizer = optimizer_of(values, night, rate, Adam)
         for number in range(1, len(evening.replayed) + 1):
-            loss = _set_gradients(model, deltas, evening, number, config, anchor, night)
+            loss = _set_gradients(model, deltas, _of_step(evening, number, lead), config, anchor, night)
             after_backward()
             for _ in range(config.max_backtracks + 1):
                 log.append(_tried(model, deltas, optimizer, region, number, rate * pace.factor(number), loss))
@@ -125,11 +127,17 @@ def _check_start(model: Cortex, deltas: LowRankDeltas, tonight: Lessons, region:
             )
 
 
+def _of_step(evening: Evening, number: int, lead: Callable[[Lessons], Lessons]) -> Evening:
+    """What one step is about, the first being 1."""
+    old = evening.replayed[number - 1]
+    text = None if evening.text is None else evening.text[number - 1 : number]
+    return Evening(lead(evening.tonight), [lead(old) if len(old) else old], text)
+
+
 def _set_gradients(
     model: Cortex,
     deltas: LowRankDeltas,
     evening: Evening,
-    step: int,
     config: UnfreezeConfig,
     anchor: Callable[[Cortex], Tensor] | None,
     night: NightConfig,
@@ -137,10 +145,10 @@ def _set_gradients(
     """Of the deltas and of nothing else, although the sidecars could have some. Returns tonight's loss."""
     size, gradient, at, values = config.batch_size, night.gradient, deltas.learning_at, deltas.values()
     loss = total = distillation_loss(model, evening.tonight, size, gradient, at)
-    if len(old := evening.replayed[step - 1]):
+    if len(old := evening.replayed[0]):
         total = loss + config.replay_weight * distillation_loss(model, old, size, gradient, at)
     if evening.text is not None:
-        total = total + night.mixed_text_weight * text_loss(model, evening.text[step - 1])
+        total = total + night.mixed_text_weight * text_loss(model, evening.text[0])
     if anchor is not None:
         total = total + anchor(model)
     gradients = torch.autograd.grad(total, list(values.values()), materialize_grads=True)

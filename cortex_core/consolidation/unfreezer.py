@@ -12,6 +12,7 @@ from cortex_core.backbone.low_rank import LowRankDeltas
 from cortex_core.backbone.low_rank_files import load_deltas, save_deltas
 from cortex_core.backbone.model import Cortex
 from cortex_core.config import ReplayConfig, SleepConfig, UnfreezeConfig
+from cortex_core.consolidation.leads import Leads
 from cortex_core.consolidation.select import candidates, chosen_deltas
 from cortex_core.consolidation.sleep import Evening
 from cortex_core.consolidation.sleeper import Sleeper, Slept
@@ -41,6 +42,7 @@ class Unfreezer(Sleeper):
         super().__init__(model, settings, replay, mixed_text=text, **rest)
         self.unfreezing, self._region, self._text, self._backbone = unfreezing, region, text, backbone
         self._anchor = TextAnchor(text, unfreezing) if unfreezing.text_weight else None
+        self._lead = Leads(text, unfreezing.lead_tokens, unfreezing.seed)
         self.deltas: LowRankDeltas | None = None
         """What was learned; None before the first lessons."""
         self.num_rollbacks = 0
@@ -57,9 +59,11 @@ class Unfreezer(Sleeper):
             self._after_backward()
         if self._anchor is not None:
             self._anchor.begin(self.num_nights)
+        self._lead.begin(self.num_nights)
         learned = unfreeze(
-            self.model, self.deltas, evening, self._region, config, self._anchor, self._after_backward, self.config
-        )
+            self.model, self.deltas, evening, self._region, config, self._anchor, self._after_backward, self.config,
+            self._lead,
+        )  # fmt: skip
         rollbacks = int(learned.metrics["unfreeze/rollbacks"])
         self.num_rollbacks += rollbacks
         return Slept(learned.metrics, kept=learned.metrics["unfreeze/steps"] > 0)

@@ -128,7 +128,12 @@ def reader(way: Way, subject: Subject, size: Size, rate: float) -> Sleeper:
     if way.place == "slow_weights":
         return new_sleeper(model, subject.encode, subject.corpus, sleep, replay, brief)
     unfreezing = UnfreezeConfig(
-        rank=size.rank, steps=steps, learning_rate=rate, replayed=size.replayed, text_weight=0.0
+        rank=size.rank,
+        steps=steps,
+        learning_rate=rate,
+        replayed=size.replayed,
+        text_weight=0.0,
+        lead_tokens=0,
     )
     asleep = Dreams(model, brief, sleep, subject.encode(sleep.questions[0]))
     text = mixed_text(model, subject.corpus)

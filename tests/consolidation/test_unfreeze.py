@@ -20,6 +20,8 @@ from cortex_core.backbone.prompts import Prompts
 from cortex_core.config import NightConfig, UnfreezeConfig
 from cortex_core.consolidation import unfreeze as module
 from cortex_core.consolidation.guard import DriftGuard, ProbeGuard
+from cortex_core.consolidation.leads import Leads
+from cortex_core.consolidation.sleep import distillation_loss
 from cortex_core.consolidation.text_anchor import TextAnchor
 from cortex_core.consolidation.unfreeze import Unfrozen, measured, trust_region, unfreeze
 from cortex_core.errors import ConfigError
@@ -53,6 +55,20 @@ def test_deltas_alone_learn_lessons_inside_the_region(family: str) -> None:
     assert same(weights(model.sidecars), sidecars)
     with deltas.off():
         assert share_right(model, lessons, right) < 0.3
+
+
+def test_what_is_learned_behind_text_is_known_behind_other_text() -> None:
+    """As well as at the beginning of a text. What is learned there alone is known less well elsewhere."""
+    config = changed(steps=60, rank=8, learning_rate=0.003)
+    lessons, unseen = facts()[0], Leads(text(16, seed=31), 12)
+    behind, worse = [unseen(lessons) for _ in range(8)], {}
+    for name, lead in (("alone", Leads(text(0), 0)), ("led", Leads(text(16, seed=9), 12))):
+        model, deltas = scene(config=config)
+        unfreeze(model, deltas, evening(lessons, config), {}, config, lead=lead)
+        with torch.no_grad():
+            elsewhere = sum(distillation_loss(model, asked, 64) for asked in behind) / len(behind)
+            worse[name] = float(elsewhere - distillation_loss(model, lessons, 64))
+    assert worse["alone"] > 0.015 and worse["led"] < 0.005
 
 
 def test_only_deltas_get_gradients_and_none_stay() -> None:
@@ -171,7 +187,7 @@ def test_moments_are_rolled_back_and_the_same_gradient_tried_again(monkeypatch: 
     with module.trained(plain.values()):
         optimizer = Adam(plain.values().values(), lr=0.01, betas=(0.9, 0.98))
         for rate in (0.01, 0.0025):
-            module._set_gradients(plain_model, plain, evening(lessons, config), 1, config, None, NightConfig())
+            module._set_gradients(plain_model, plain, evening(lessons, config), config, None, NightConfig())
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
     assert same(weights(deltas), weights(plain))
