@@ -16,7 +16,7 @@ class UnfreezeConfig(Settings):
     """Patterns of names of linear modules that may be chosen, such as `*.mlp.*`; `*` stands for any characters."""
     layers: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
     """Decoder layers, from 0, whose modules may be chosen."""
-    num_modules: PositiveInt = 12
+    num_modules: PositiveInt = 24
     """Modules that are chosen at most: those whose lessons weigh most against what text would suffer."""
     rank: PositiveInt = 8
     """Rank of a delta, at most the smaller side of its weight. Parameters grow linearly with it."""
