@@ -66,6 +66,7 @@ def sleep(config: RunConfig, edge: Edge) -> None:
         if folder is not None:
             sleeper.load(folder)
             history.load(folder)
+    edge.report({"phase": SLEEPING}, None)  # a night may take minutes, and loading is over
     if life.day == 0:
         history.before = life.known()
     for day in life.live():

@@ -78,6 +78,17 @@ def test_an_interrupted_life_goes_on_after_its_last_night(
     assert documents[0]["known_by_day"] == documents[1]["known_by_day"]
 
 
+def test_the_first_night_is_not_taken_for_loading(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Sleeper) -> Slept:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sleeper, "sleep", interrupted)
+    assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE]) == 130
+    assert "loading the backbone\ntrained-sleep: reading and sleeping\n" in capsys.readouterr().out
+
+
 def test_a_memory_that_has_slept_is_evaluated_and_sleeps_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the slow weights that it has grown since its settings were written."""
     assert cli.main(["sleep", str(trained), *SETTINGS, *ALONE]) == 0
